@@ -1,6 +1,6 @@
 """Batch image generation with FLUX.1-dev: prompts in, images and metadata out, each image once.
 
-Images in Python; `demo` is the small model in the package, made for 128 x 128, and `/models/FLUX.1-dev` a folder:
+Images in Python. `demo` is the packaged small model, made for 128 x 128; the folder of another model works as well:
 
 >>> from flux_batch import FluxImagePipeline
 >>> pipe = FluxImagePipeline.from_pretrained("demo", device="cpu")
@@ -8,7 +8,7 @@ Images in Python; `demo` is the small model in the package, made for 128 x 128, 
 >>> image.size
 (64, 64)
 
-A job, as `flux-batch run` does it, from a file (`run("job.yaml")`) or without one, on Ray or in this process:
+A job, as `flux-batch run` runs it, from a file (`run("job.yaml")`) or a mapping, on Ray or in this process:
 
 >>> from flux_batch import run
 >>> from flux_batch.engine.local import LocalEngine
@@ -17,7 +17,7 @@ A job, as `flux-batch run` does it, from a file (`run("job.yaml")`) or without o
 >>> report.num_images, report.num_failed, report.exit_code
 (2, 0, 0)
 
-A stage of a Ray Data pipeline: FluxMapper. Models: download_models. Scripts of DiffSynth-Studio: ModelManager.
+FluxMapper is a stage for Ray Data, download_models fetches models, ModelManager serves scripts of DiffSynth-Studio.
 Importing this package loads neither torch nor ray.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments of the command line, with their help and examples; imports nothing heavy."""
+"""The arguments of the command line, with their help and examples; imports no heavy package."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ to begin:
 `flux-batch COMMAND --help` has examples; the pages are README.md and jobs/README.md of the project.
 """
 
-# What stands for a file or a folder of this machine, perhaps; a shell completes names of such.
+# The metavars of arguments that may be local paths: the shell completion offers files or folders for them.
 _FILES = ("JOB.yaml", "FILE", "URI")
 _FOLDERS = ("OUTPUT_URI", "OTHER_URI", "DEST", "DIR", "FOLDER")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands; imports nothing heavy, so that --help is quick."""
+    """Build the parser of all commands; imports no heavy package, so that --help is quick."""
     top = _Parser(
         prog="flux-batch",
         description="Batch image generation with FLUX.1-dev on Ray.",
@@ -48,14 +48,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_job(command)
     _add_json(command)
-    command.add_argument("--log-format", choices=["text", "json"], help="the form of log lines; json: an object a line")
+    _add_log_format(command)
     command.add_argument(
-        "--retry-failed", action="store_true", help="render failed images again, those of finished shards too"
+        "--retry-failed", action="store_true", help="render failed images again, also those of finished shards"
     )
     command.add_argument("--extend", action="store_true", help="add prompt files that are new since the run began")
     _add_price(command)
     command.add_argument(
-        "--max-cost", type=_positive, metavar="AMOUNT", help="stop in order, with 75, once the run has cost so much"
+        "--max-cost",
+        type=_positive,
+        metavar="AMOUNT",
+        help="stop cleanly, with exit code 75, once the run has cost this much",
     )
 
     command = _command(
@@ -67,8 +70,10 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_job(command)
     _add_json(command)
-    command.add_argument("--speed", type=_positive, metavar="NUMBER", help="images a second of one worker")
-    command.add_argument("--measure", action="store_true", help="measure the speed here: renders two batches")
+    command.add_argument("--speed", type=_positive, metavar="NUMBER", help="images per second of one worker")
+    command.add_argument(
+        "--measure", action="store_true", help="measure the speed on this machine: renders two batches"
+    )
     _add_price(command)
 
     command = _command(
@@ -76,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("job", metavar="JOB.yaml", nargs="?", default="job.yaml", help="a new file (default job.yaml)")
     command.add_argument(
-        "--prompts", metavar="URI", default="demo", help="the prompts it is for (default: those in the package)"
+        "--prompts", metavar="URI", default="demo", help="the prompts of the job (default: those in the package)"
     )
 
     _add_json(command)
@@ -86,11 +91,14 @@ def parser() -> argparse.ArgumentParser:
     _add_json(command)
 
     command = _command(
-        commands, "preview", "make the images of a few rows of a job, here and on one page", "job.yaml --rows 8"
+        commands,
+        "preview",
+        "make the images of a few rows of a job on this machine, and show them on one page",
+        "job.yaml --rows 8",
     )
     _add_job(command)
     command.add_argument("--rows", type=int, default=8, metavar="N", help="the first N rows (default 8)")
-    command.add_argument("--random", action="store_true", help="rows from all over the prompts, others each time")
+    command.add_argument("--random", action="store_true", help="random rows of the prompts, different ones each time")
     _add_json(command)
 
     command = _command(
@@ -102,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_output(command)
     _add_json(command)
-    command.add_argument("--watch", action="store_true", help="go on until the run is complete; Ctrl-C ends it")
+    command.add_argument(
+        "--watch", action="store_true", help="update the figures until the run is complete; Ctrl-C ends it"
+    )
     _add_price(command)
 
     command = _command(
@@ -147,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_output(command)
     command.add_argument("key", metavar="KEY", help="the key of an image, as in the metadata")
-    command.add_argument("--model", metavar="URI", help="the model of the run, if it lies elsewhere here")
-    command.add_argument("--save", metavar="FILE", help="write the new image there, encoded as those of the run")
+    command.add_argument("--model", metavar="URI", help="the run's model, if its address is different on this machine")
+    command.add_argument("--save", metavar="FILE", help="write the new image to FILE, encoded like the run's images")
     _add_json(command)
 
     command = _command(
@@ -178,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     command = _command(
         commands,
         "select",
-        "choose images by what is known of them, under a name",
+        "choose images by their metadata, and store the choice under a name",
         'out/cats best --where "clip > 0.27" --top 1000 --by clip',
     )
     add_select(command)
@@ -210,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="list the files, without removing any")
 
     command = _command(
-        commands, "annotate", "add columns about the images of a run, by models or code", "out/cats --with phash"
+        commands, "annotate", "add columns about a run's images, computed by models or code", "out/cats --with phash"
     )
     add_annotate(command)
     _add_storage_options(command)
@@ -220,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "name",
         metavar="NAME",
-        help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address, which is copied to the cache",
+        help="FLUX.1-dev, FLUX.1-schnell, owner/repository, or an address whose model is copied to the cache",
     )
     command.add_argument(
         "--from",
@@ -230,14 +240,16 @@ def parser() -> argparse.ArgumentParser:
         help="the hub of a named model (default huggingface)",
     )
     command.add_argument("--to", metavar="DIR", help="folder (default: models/FLUX/NAME or models/OWNER/REPOSITORY)")
-    command.add_argument("--token", help="for a gated or private repository; other users can see it, unlike HF_TOKEN")
+    command.add_argument(
+        "--token", help="for a gated or private repository; other users can see it in the process list, unlike HF_TOKEN"
+    )
     command.add_argument("--refresh", action="store_true", help="for an address: copy it again if it has changed")
     _add_storage_options(command)
 
     command = _command(
         commands, "schema", "show the JSON Schema of the job file, for editors and agents", "> job.schema.json"
     )
-    command.add_argument("--json", action="store_true", help="it is JSON in any case")
+    command.add_argument("--json", action="store_true", help="has no effect: the output is always JSON")
 
     command = _command(
         commands,
@@ -250,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     command = _command(
         commands,
         "completion",
-        "show a script by which a shell completes commands and options",
+        "show a shell script that completes commands and options",
         "bash > ~/.local/share/bash-completion/completions/flux-batch",
         "zsh > ~/.zfunc/_flux-batch",
         "fish > ~/.config/fish/completions/flux-batch.fish",
@@ -258,25 +270,28 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell that reads the script")
 
     command = _command(
-        commands, "demo", "render the prompts in the package with its small model, and make their gallery", "out/demo"
+        commands,
+        "demo",
+        "render the packaged prompts with the packaged small model, and make their gallery",
+        "out/demo",
     )
     command.add_argument(
         "output", metavar="FOLDER", nargs="?", default="out/demo", help="the output (default out/demo)"
     )
     command.add_argument("--rows", type=int, metavar="N", help="only the first N prompts (default: all 72)")
-    command.add_argument("--log-format", choices=["text", "json"], help="the form of log lines; json: an object a line")
+    _add_log_format(command)
     _add_json(command)
 
-    command = _command(commands, "bench", "measure the speed on this machine, beside alternatives", "pipeline")
+    command = _command(commands, "bench", "measure the speed on this machine, compared with alternatives", "pipeline")
     add_bench(command)
     for each in commands.choices.values():
-        # Accepted after the command too; without it, a --debug before the command stays.
+        # --debug may also follow the command. SUPPRESS keeps this copy from resetting a --debug before it.
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
 def completion(shell: str) -> str:
-    """Return the script by which a shell completes commands, options and names of files."""
+    """Return the script that completes commands, options and file names in a shell."""
     import shtab
 
     top = parser()
@@ -290,7 +305,7 @@ def completion(shell: str) -> str:
 
 
 def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield a parser and those of its commands."""
+    """Yield a parser and the parsers of its commands."""
     yield top
     for action in top._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -299,7 +314,7 @@ def _all_parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPars
 
 
 def _chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.ArgumentParser:
-    """Return the parser of the command that arguments are for, or of its part; the parser itself without one."""
+    """Return the parser of the command, or of the subcommand, in `arguments`; `parser` itself if there is none."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and (name := getattr(arguments, action.dest, None)):
             return _chosen(action.choices[name], arguments)
@@ -307,10 +322,10 @@ def _chosen(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the nearest command or option for one that does not exist."""
+    """A parser that suggests the nearest command or option for an unknown one."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse arguments, and refuse those that the command does not have."""
+        """Parse arguments, and refuse those that the command does not know."""
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command = _chosen(self, arguments)
@@ -327,7 +342,7 @@ class _Parser(argparse.ArgumentParser):
         return did_you_mean(option, _options_of([command]))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2 and one sentence."""
+        """Print one sentence and exit with 2."""
         unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         near = did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2])) if unknown else ""
         self.exit(2, f"{self.prog}: {message}{near}\n`{self.prog} --help` shows how to use it\n")
@@ -340,7 +355,7 @@ def _options_of(parsers: Iterable[argparse.ArgumentParser]) -> set[str]:
 def _command(
     commands: argparse._SubParsersAction[_Parser], name: str, text: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """Add a command with its help and examples of its arguments."""
+    """Add a command with its help and examples."""
     lines = "".join(f"\n  flux-batch {name} {example}" for example in examples)
     command = commands.add_parser(
         name,
@@ -356,8 +371,14 @@ def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
+def _add_log_format(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--log-format", choices=["text", "json"], help="the format of log lines; json: one object per line"
+    )
+
+
 def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", metavar="JOB.yaml", help="path or address, as s3://bucket/job.yaml")
+    command.add_argument("job", metavar="JOB.yaml", help="path or address, e.g. s3://bucket/job.yaml")
     command.add_argument(
         "--set",
         action="append",
@@ -367,13 +388,16 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         help="override a setting of the job file; repeatable",
     )
     command.add_argument(
-        "--logical-date", metavar="DATE", help="value of {date}, {day}, {datetime} in the job file, as 2026-11-23"
+        "--logical-date", metavar="DATE", help="value of {date}, {day}, {datetime} in the job file, e.g. 2026-11-23"
     )
 
 
 def _add_price(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--price", type=_positive, metavar="AMOUNT", help="cost of an hour of a GPU, or of a worker without one"
+        "--price",
+        type=_positive,
+        metavar="AMOUNT",
+        help="price of a GPU-hour, or of a worker-hour without GPUs",
     )
 
 
@@ -381,11 +405,11 @@ def _positive(text: str) -> float:
     with suppress(ValueError):
         if 0 < (number := float(text)) < float("inf"):
             return number
-    raise argparse.ArgumentTypeError(f"{text}: must be a number of more than 0")
+    raise argparse.ArgumentTypeError(f"{text}: must be a number greater than 0")
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run: output.uri of its job file")
     _add_storage_options(command)
 
 
@@ -395,5 +419,5 @@ def _add_storage_options(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="fsspec option of the storage, as endpoint_url=...; repeatable",
+        help="fsspec option of the storage, e.g. endpoint_url=...; repeatable",
     )

@@ -1,7 +1,7 @@
 """The command line: parse, call, print; an exception becomes one sentence and an exit code.
 
-0 done; 1 unexpected; 2 bad job file or input, or a damaged output, do not retry; 3 finished, but more rows failed than
-allowed; 75 interrupted, run the same command again.
+0: done. 1: unexpected error. 2: bad job file or input, or damaged output; do not retry. 3: finished, but more rows
+failed than allowed. 75: interrupted; run the same command again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 _TOO_MANY_FAILED, _INTERRUPTED = 3, 75
 _MAX_PREVIEW = 200
-# What an interrupted command leaves.
-_RESUMED = "what is committed stays, the same command resumes the run"
+# The state that an interrupted command leaves, for its message.
+_RESUMED = "committed work stays, the same command resumes the run"
 _LEFT = {
     **dict.fromkeys(("run", "demo", "annotate"), _RESUMED),
-    **dict.fromkeys(("export", "publish", "download"), "what is there stays, the same command goes on with the rest"),
+    **dict.fromkeys(("export", "publish", "download"), "finished files stay, the same command continues with the rest"),
     **dict.fromkeys(("plan", "validate"), "nothing was written"),
     "preview": "the output of the job is as it was",
 }
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.print_help(sys.stderr)
         return 2
     if getattr(arguments, "log_format", None):
-        os.environ[ENCODING] = arguments.log_format.upper()  # for the workers, too
+        os.environ[ENCODING] = arguments.log_format.upper()  # the workers inherit it
     arguments.argv = argv
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     with open_streams(), log_lines(logging.DEBUG if arguments.debug else logging.INFO) as arguments.lines:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.error(sentence, exc_info=error if arguments.debug else None, extra={"exit_code": exit_code})
                 return exit_code
             trace = traceback.format_exc() if arguments.debug else ""
-            with suppress(OSError):  # the exit code stands, though the disk of the log is full
+            with suppress(OSError):  # a full disk behind stderr does not change the exit code
                 sys.stderr.write(plain_text(f"{trace}flux-batch: {sentence}\n"))
             return exit_code
         finally:
@@ -174,8 +174,8 @@ def _init(arguments: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError as error:
         is_job = arguments.job.endswith((".yaml", ".yml"))
-        hint = "" if is_job else f"; for a job of its prompts: --prompts {arguments.job}"
-        raise JobError(f"{arguments.job}: is there already, and is not overwritten{hint}") from error
+        hint = "" if is_job else f"; to make a job for these prompts: --prompts {arguments.job}"
+        raise JobError(f"{arguments.job}: already exists, and is not overwritten{hint}") from error
     except OSError as error:
         raise JobError(f"{arguments.job}: cannot be written: {error.strerror}") from error
     data = {"job": arguments.job, "prompts": arguments.prompts}
@@ -190,7 +190,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from flux_batch.storage.store import Store
 
     config = _load_job(arguments)
-    if "://" in config.output.uri:  # on a disk it would leave a folder behind
+    if "://" in config.output.uri:  # on a disk the check would leave a folder behind
         Store(config.output.uri, config.output.storage_options).check_writable()
     plan = make_plan(config.prompts, config.output.shard_size)
     rows = survey(config, plan)
@@ -218,7 +218,7 @@ def _preview(arguments: argparse.Namespace) -> int:
     num_cut = sum(bool(row.get("clip_truncated") or row.get("t5_truncated")) for row in rows)
     if num_cut:
         are = "prompt is" if num_cut == 1 else "prompts are"
-        text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows what is left out"
+        text += f"\n{num_cut} {are} longer than CLIP or T5 reads; the page shows the text left out"
     data |= {"output": report.output, "num_truncated": num_cut, "report": json.loads(report.to_json())}
     _show(arguments, data, text)
     if report.exit_code and not arguments.json:
@@ -231,7 +231,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     store = _store(arguments)
     if arguments.watch:
-        with suppress(KeyboardInterrupt), reader_may_be_gone():  # nobody is left to watch then
+        with suppress(KeyboardInterrupt), reader_may_be_gone():
             _watch(arguments, store)
         return 0
     status = read_status(store)
@@ -240,7 +240,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace, store: Store) -> None:
-    """Show a status until its run is complete."""
+    """Show the status of a run until the run is complete."""
     from flux_batch.report.progress.status import statuses, watch_status
 
     if arguments.json:
@@ -404,7 +404,7 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _display(arguments: argparse.Namespace, doing: str) -> AbstractContextManager[LiveDisplay | None]:
-    """Return a live display; None where stderr is no terminal, or has lines of JSON."""
+    """Return a live display; None if stderr is no terminal, or log lines are JSON."""
     from flux_batch.report.progress.live import live_display
     from flux_batch.report.progress.table import can_draw
 
@@ -419,12 +419,12 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> None:
-    """Print a result: as JSON for programs if they asked for it, else as text."""
+    """Print a result as JSON with --json, else as text."""
     _print(json.dumps(data) if arguments.json else text)
 
 
 def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: Sequence[Rows]) -> None:
-    """Print a result: as JSON for programs if they asked for it, else as a table."""
+    """Print a result as JSON with --json, else as a table."""
     from flux_batch.report.progress.table import write_table
 
     if arguments.json:
@@ -435,10 +435,7 @@ def _show_table(arguments: argparse.Namespace, data: dict[str, Any], sections: S
 
 
 def _store(arguments: argparse.Namespace, uri: str | None = None) -> Store:
-    """Return the store of an output, or of another one.
-
-    Raises: JobError that names the output, for a job file in its place.
-    """
+    """Return the store of the command's output, or of `uri`."""
     from flux_batch.storage.store import Store
 
     return Store(arguments.output if uri is None else uri, _options(arguments.storage_option))
@@ -452,7 +449,7 @@ def _print(text: str) -> None:
 
 def _print_line(text: str) -> None:
     sys.stdout.write(plain_text(text) + "\n")
-    sys.stdout.flush()  # whoever reads a pipe sees the line now
+    sys.stdout.flush()  # the reader of a pipe gets the line now
 
 
 def _explained(error: BaseException, command: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""The exception tree, drawn by what the caller should do next.
+"""The exception tree, grouped by what the caller should do next.
 
     FluxBatchError                  exit 1   unexpected: look at the message, perhaps report it
     |-- JobError                    exit 2   change the job file or the command; never retried
@@ -12,18 +12,18 @@
     |-- DeviceFatal                          the accelerator is unusable: the process must leave
     |-- StoreError                  exit 75  storage failed after all retries: run the same command again
     |   |-- DiskFull                exit 75  a disk is full: make room and run the same command again
-    |   |-- StoreRefused            exit 2   storage said no: credentials, bucket or permissions
-    |   |-- NotFound                exit 2   there is nothing under that key
-    |   |-- DamagedObject           exit 2   a file of the run cannot be read: the message says what mends it
-    |   `-- AlreadyExists                    a put-if-absent came second: often good news
+    |   |-- StoreRefused            exit 2   the storage refused: credentials, bucket or permissions
+    |   |-- NotFound                exit 2   the storage has no object under that key
+    |   |-- DamagedObject           exit 2   a file of the run is damaged: the message says how to repair it
+    |   `-- AlreadyExists                    a put-if-absent found the key taken; often not an error
     |-- RunIncomplete               exit 1   shards failed more often than allowed
     `-- Interrupted                 exit 75  stopped from outside: run the same command again
         |-- RunHeld                          another driver is at work on the run: wait, or stop it
         `-- LeaseLost                        another driver took the run over: nothing to do
 
-Every error is one clear sentence: what was wrong, where, what would be right. Every error survives pickling
-(one positional message; context in optional keyword-only attributes), because Ray carries them between processes.
-No message holds what may be a secret of an address.
+Every error is one clear sentence: what was wrong, where, what would be right. Every error can be pickled, because Ray
+sends them between processes: one positional message, context in optional keyword-only attributes.
+No message contains the possible secrets of an address.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Iterable
 
 from flux_batch.redaction import public_text
 
-# Hours of devices; fewer are said in seconds.
+# Fewer device hours than these are printed as seconds.
 _FEW_HOURS = 0.1
 
 
@@ -53,7 +53,7 @@ class JobError(FluxBatchError, ValueError):
 
 
 class InvalidSetting(JobError):
-    """One setting has a value that cannot be used; `field` is its name, the message says what would be right."""
+    """One setting has an unusable value; `field` is its name, the message says what would be right."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ class PlanMismatch(JobError):
 
 
 class SourceError(FluxBatchError):
-    """The prompts are missing, unreadable or of the wrong schema."""
+    """The prompts are missing or unreadable, or have the wrong schema."""
 
     exit_code = 2
 
@@ -89,11 +89,11 @@ class Stopped(FluxBatchError):
 
 
 class DeviceFatal(FluxBatchError):
-    """The accelerator reported an error after which this process cannot use it."""
+    """The accelerator reported an error; this process cannot use it any more."""
 
 
 class StoreError(FluxBatchError, OSError):
-    """A storage operation failed; `waited_s` is how many seconds it was retried before."""
+    """A storage operation failed; `waited_s` is the number of seconds it was retried."""
 
     exit_code = 75
     waited_s = 0.0
@@ -116,7 +116,7 @@ class NotFound(StoreError):
 
 
 class DamagedObject(StoreError):
-    """An object that this program wrote holds something else now; another run would find it so too."""
+    """An object that this program wrote has other contents now; running again does not help."""
 
     exit_code = 2
 
@@ -140,7 +140,7 @@ class RunHeld(Interrupted):
 
 
 class LeaseLost(Interrupted):
-    """Another driver took over the run, since this one had not renewed its lease."""
+    """Another driver took over the run, because this one did not renew its lease."""
 
 
 def one_line(error: BaseException) -> str:
@@ -149,7 +149,7 @@ def one_line(error: BaseException) -> str:
 
 
 def bytes_text(num_bytes: float) -> str:
-    """Return a number of bytes in the unit that suits it.
+    """Return a number of bytes as text in a suitable unit.
 
     >>> bytes_text(4321), bytes_text(12_345_678_901)
     ('4.3 kB', '12.3 GB')
@@ -164,7 +164,7 @@ def bytes_text(num_bytes: float) -> str:
 
 
 def number_text(number: float) -> str:
-    """Return a number with three digits, or with all that stand before its point.
+    """Return a number as text with three significant digits, or its whole integer part.
 
     >>> number_text(0.01234), number_text(7.0), number_text(55_555.5)
     ('0.0123', '7', '55556')
@@ -173,7 +173,7 @@ def number_text(number: float) -> str:
 
 
 def work_text(hours: float, device: str) -> str:
-    """Return the hours of all devices together; seconds where they are few.
+    """Return the total hours of all devices as text; in seconds if they are few.
 
     >>> work_text(2324.2, "GPU"), work_text(0.00125, "worker")
     ('2324 GPU-hours', '4.5 worker-seconds')
@@ -183,7 +183,7 @@ def work_text(hours: float, device: str) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun, in the singular or the plural.
+    """Return a number with its noun in the singular or plural.
 
     >>> count_of(1, "image"), count_of(12, "image")
     ('1 image', '12 images')
@@ -192,7 +192,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence that suggests the nearest of `known`; empty if none is near.
+    """Return the end of a sentence that suggests the nearest name in `known`; empty if none is near.
 
     >>> did_you_mean("widht", ["width", "height"])
     "; did you mean 'width'?"

@@ -1,7 +1,7 @@
-"""Images as bytes: encoding with provenance inside, reading it back, conversion to RGB.
+"""Images as bytes: encoding with embedded provenance, reading it back, conversion to RGB.
 
-Knows pixels and file formats; does not know where the bytes go. The same image and record give the same bytes:
-no time stamps, no machine names.
+This module knows pixels and file formats, not where the bytes go. The same image and record give the same bytes: they
+contain no time stamps and no machine names.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ _ImageType: TypeAlias = Literal["png", "jpeg", "webp"]
 
 SUFFIXES: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 _SOFTWARE = "flux-batch (AI generated)"
-# IPTC's term for images made by a model from a prompt, which image libraries and search engines look for.
+# IPTC's term for images that a model made from a prompt; image libraries and search engines read it.
 # https://cv.iptc.org/newscodes/digitalsourcetype/
 AI_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _EXIF_IMAGE_DESCRIPTION, _EXIF_SOFTWARE, _EXIF_USER_COMMENT = 0x010E, 0x0131, 0x9286
 _EXIF_IFD = 0x8769
 # zlib level of PNG: level 6 takes longer (bench/README.md) and saves 3 % of the bytes of 1/f noise.
 _PNG_LEVEL = 1
-# A JPEG segment holds 65,533 bytes: EXIF needs room for the settings and a description, XMP for escapes in its text.
+# A JPEG segment holds 65,533 bytes. EXIF needs room for settings and description, XMP for the escapes in its text.
 _MAX_EXIF_SETTINGS_BYTES = 60_000
 _MAX_EXIF_DESCRIPTION_LENGTH = 2_000
 _MAX_XMP_PROMPT_LENGTH = 10_000
 
 
 def encode(pixels: Pixels, config: ImageConfig, provenance: Mapping[str, Any]) -> bytes:
-    """Return `pixels` (uint8, h w 3) encoded, with the settings and an AI label inside.
+    """Return `pixels` (uint8, h w 3) encoded, with the settings and an AI label embedded.
 
-    PNG carries the settings in text chunks, JPEG and WebP in an EXIF block, which cuts texts that are too long for it;
-    all carry XMP.
+    PNG has the settings in text chunks, JPEG and WebP in an EXIF block, in which too long texts are cut. All have XMP.
     """
     if config.type == "png":
         return _encoded(Image.fromarray(pixels), config, pnginfo=_png_chunks(provenance))
@@ -50,7 +49,7 @@ def encode(pixels: Pixels, config: ImageConfig, provenance: Mapping[str, Any]) -
 
 
 def encode_source(image: Image.Image, config: ImageConfig) -> bytes:
-    """Return a source image encoded as images are, without settings and AI label."""
+    """Return a source image in the same encoding as images, without settings and AI label."""
     return _encoded(image.convert("RGB"), config)
 
 
@@ -66,7 +65,7 @@ def _encoded(image: Image.Image, config: ImageConfig, **inside: Any) -> bytes:
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """Read the settings that `encode` wrote into an image; empty for an image of another program."""
+    """Read the settings that `encode` wrote into an image; empty for images of other programs."""
     with Image.open(io.BytesIO(data)) as image:
         if isinstance(image, PngImagePlugin.PngImageFile):
             settings = image.text.get("flux_batch", "{}")
@@ -80,7 +79,7 @@ def check_image(data: bytes, image_type: _ImageType, width: int, height: int) ->
     """Check that all of `data` decodes to an image of that type and size. Raises: ValueError."""
     try:
         with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as image:
-            if image.size != (width, height):  # first, so that no more pixels are decoded than recorded
+            if image.size != (width, height):  # checked first: a damaged header must not cause a huge decode
                 raise ValueError(f"{image.width} x {image.height} pixels where {width} x {height} are recorded")
             image.verify()
         with Image.open(io.BytesIO(data), formats=[image_type.upper()]) as image:
@@ -96,7 +95,7 @@ def decode(data: bytes) -> Pixels:
 
 
 class Difference(NamedTuple):
-    """The distance of two images, in levels of 255; `psnr_db` is None for equal ones."""
+    """The difference of two images, in levels from 0 to 255; `psnr_db` is None for equal images."""
 
     max_levels: int
     mean_levels: float
@@ -112,7 +111,7 @@ class Difference(NamedTuple):
 
 
 def difference(one: Pixels, other: Pixels) -> Difference | None:
-    """Return how far two images (uint8, h w 3) are from each other; None if their sizes differ."""
+    """Return the difference of two images (uint8, h w 3); None if their sizes differ."""
     if one.shape != other.shape:
         return None
     apart = np.abs(one.astype(np.int16) - other)
@@ -141,7 +140,7 @@ def _exif(provenance: Mapping[str, Any]) -> Image.Exif:
 
 
 def _settings_json(provenance: Mapping[str, Any], max_bytes: int) -> str:
-    """Return the settings as ASCII JSON of at most `max_bytes`; the longest text is halved until they fit."""
+    """Return the settings as ASCII JSON of at most `max_bytes`; the longest value is halved until they fit."""
     fields = dict(provenance)
     while len(settings := json.dumps(fields, sort_keys=True)) > max_bytes:
         name = max(fields, key=lambda name: len(str(fields[name])))
@@ -171,14 +170,15 @@ def _ascii(text: str) -> str:
 
 
 def blank_image(width: int, height: int) -> Image.Image:
-    """Return a white image, to measure with; as a mask it repaints everything."""
+    """Return a white image for measurements; as a mask it repaints everything."""
     return Image.new("RGB", (width, height), "white")
 
 
 def to_mask(image: Image.Image) -> Image.Image:
     """Return a mask of any mode as 8-bit grey: white is repainted. Raises: RowError for 32-bit samples.
 
-    In a mask with transparency, what is transparent is repainted, whatever its colours: so editors paint masks.
+    In a mask with transparency, the transparent pixels are repainted, whatever their colours: image editors make masks
+    this way.
     """
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
@@ -188,7 +188,7 @@ def to_mask(image: Image.Image) -> Image.Image:
 
 
 def check_proportions(mask: tuple[int, int], image: tuple[int, int]) -> None:
-    """Raise RowError unless a mask has the proportions of its image, up to a pixel. Both: (width, height)."""
+    """Raise RowError unless a mask has its image's proportions, within a pixel. Both are (width, height)."""
     if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
         raise RowError(
             f"is {mask[0]} x {mask[1]} pixels, its image {image[0]} x {image[1]}: must have the same proportions"

@@ -1,7 +1,7 @@
-"""A whole run on one screen: config -> plan -> remaining -> engine -> report.
+"""A whole run: config -> plan -> remaining shards -> engine -> report.
 
-The only file that knows both what is done (worker) and where (engine). Every fact of a run lies in its output, so this
-process can be killed at any point and started again.
+This is the only file that knows both the work (worker) and the place where it runs (engine). The output holds all
+facts of a run, so this process can be killed at any point and started again.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ from flux_batch.worker.worker import WorkerFactory
 if TYPE_CHECKING:
     from flux_batch.engine.protocol import Engine
 
-# The folder in which Ray keeps what was submitted with a job, under its hash: ray/_private/runtime_env/working_dir.py.
+# The folder of Ray's copies of submitted working directories: ray/_private/runtime_env/working_dir.py.
 _RAY_WORKING_DIR = "working_dir_files"
-# Shards whose rows tell how much work an image of a run is.
+# The number of shards whose rows are read to estimate the work of an image.
 _SAMPLED_SHARDS = 3
-# How a run goes on that a limit has stopped.
-_HIGHER_LIMIT = "the same command with a higher limit goes on"
+# Advice for a run that was stopped at a limit.
+_HIGHER_LIMIT = "the same command with a higher limit continues"
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,13 @@ def run(
     """Run a job to its end, or resume one that was interrupted.
 
     config: a job, or the path or address of a job file. engine: a pool of Ray actors by default. make_pipeline: FLUX
-    by default. stop: may request an early end, from a signal handler or another thread. retry_failed: render failed
-    images again, those of committed shards too. extend: add prompt files that are new since the run was planned. price:
-    that of an hour of a GPU, for the figures; with it, a run that has cost `max_cost` is stopped in order. show: called
-    every second with the figures, which the log then leaves out.
+    by default. stop: requests an early end, from a signal handler or another thread. retry_failed: render failed images
+    again, also those of committed shards. extend: add prompt files that are new since the run was planned. price: the
+    price of a GPU-hour, for the figures. max_cost: the run stops cleanly once it has cost this much; needs `price`.
+    show: called every second with the figures, which are then not logged.
     Safe to call again: committed shards stay as they are.
     Raises: RunHeld, LeaseLost if another driver has the run; Interrupted after a stop; JobError, SourceError,
-    CheckpointError, StoreError before or during the work, and JobError if its limit was reached before; see errors.py.
+    CheckpointError, StoreError before or during the work; JobError if the limit was already reached. See errors.py.
     """
     if isinstance(config, Mapping):
         config = JobConfig.from_dict(config)
@@ -118,7 +118,7 @@ def run(
     here = _on_this_machine(config, engine, make_pipeline)
     joins = engine is None and joins_cluster()
     is_local = engine is None and make_pipeline is None and not joins
-    if joins:  # before anything is written: it may not be there, or be of another version
+    if joins:  # checked before anything is written: the cluster may be missing, or have another version
         from flux_batch.engine.ray_cluster import find_cluster
 
         find_cluster(here.workers.max, here.workers.num_gpus)
@@ -154,7 +154,7 @@ def run(
 
 
 def _rows_of_some(store: Store, shards: Iterable[Shard]) -> Iterator[Mapping[str, Any]]:
-    """Yield the metadata rows of the first shards that are there."""
+    """Yield the metadata rows of the first shards, as far as they are written."""
     saved = SavedRun.open(store)
     for shard in islice(shards, _SAMPLED_SHARDS):
         with suppress(NotFound):
@@ -162,9 +162,9 @@ def _rows_of_some(store: Store, shards: Iterable[Shard]) -> Iterator[Mapping[str
 
 
 def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]]:
-    """Look at what a run of a job would meet; nothing is written.
+    """Check what a run of a job would find; writes nothing.
 
-    Returns: the job as it can run here, the run that its output holds already, and why a run would be refused.
+    Returns: the job as it can run here, the existing run in its output, and the reasons why a run would be refused.
     Raises: StoreError if the output cannot be read.
     """
     there, problems = None, []
@@ -178,7 +178,7 @@ def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]
     try:
         config = _on_this_machine(config, None, None)
     except FluxBatchError as error:
-        if error.exit_code == StoreError.exit_code:  # refused for now only: a plan needs no model
+        if error.exit_code == StoreError.exit_code:  # may pass, and a plan needs no model
             log.warning("%s", error)
         else:
             problems.append(str(error))
@@ -189,7 +189,7 @@ def foresee(config: JobConfig) -> tuple[JobConfig, ExistingRun | None, list[str]
 
 
 def measure(config: JobConfig) -> float:
-    """Return the images a second of one worker, measured here with the job's settings."""
+    """Return the images per second of one worker, measured here with the job's settings."""
     here = _on_this_machine(config, None, None)
     pipeline = load_pipeline(here.model, num_gpus=here.workers.num_gpus)
     size = here.workers.batch_size
@@ -204,11 +204,11 @@ def preview(
     is_random: bool = False,
     make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
 ) -> RunReport:
-    """Make images of a job's first rows in this process, in their own folder.
+    """Make the images of a job's first rows in this process, in a temporary folder.
 
-    is_random: of rows from all over the prompts instead, others at each call.
-    Returns: the report, whose `output` is the folder. Nothing of the job's own output is read or written.
-    Raises: what `run` raises.
+    is_random: take random rows of all prompts instead, different ones at each call.
+    Returns: the report, whose `output` is the folder. The job's own output is neither read nor written.
+    Raises: as `run`.
     """
     from flux_batch.engine.local import LocalEngine
 
@@ -223,7 +223,7 @@ def preview(
             limit = min(num_rows, config.prompts.limit or num_rows)
             config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"limit": limit})})
         return run(config, engine=LocalEngine(max_attempts=1), make_pipeline=make_pipeline)
-    except BaseException:  # of an interrupt too: the folder is known to nobody yet
+    except BaseException:  # after an interrupt too: the caller does not know the folder yet
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -235,11 +235,11 @@ def reproduce(
     *,
     make_pipeline: Callable[[ModelConfig], ImagePipeline] | None = None,
 ) -> Reproduction:
-    """Make one image of a run again, in this process, from its metadata alone.
+    """Make one image of a run again, in this process, from its metadata alone; writes nothing.
 
-    model: where the model lies for this machine, if not where it lay for the run. Nothing is written.
-    Returns: whether it is equal, or how far it is, and what differs in device and versions.
-    Raises: JobError, CheckpointError, StoreError, and what the pipeline raises.
+    model: the model's address on this machine, if it differs from the run's.
+    Returns: the comparison of both images, with differences in device and versions.
+    Raises: JobError, CheckpointError, StoreError, and errors of the pipeline.
     """
     original = Original.find(store, key)
     config = _reproducible(store, original.run.config, model)
@@ -257,9 +257,9 @@ def reproduce(
 
 
 def _reproducible(store: Store, config: JobConfig, model: str | None) -> JobConfig:
-    """Return the job of a run in its settled dtype, with this machine's model.
+    """Return the job of a run with its settled dtype and this machine's model.
 
-    Options that were redacted are left out: the environment may have them.
+    Redacted options are left out; the environment may supply them.
     """
     config = settled_job(store, config)
     prompts = {"storage_options": without_redacted(config.prompts.storage_options)}
@@ -275,10 +275,10 @@ def _reproducible(store: Store, config: JobConfig, model: str | None) -> JobConf
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: datetime | str | None = None) -> JobConfig:
-    """Read a job file, by its path or address.
+    """Read a job file from a path or address.
 
-    overrides: `section.key=value` strings. logical_date: the value of `{date}` and `{datetime}` in the file; text is
-    ISO 8601. Relative paths in the file become absolute, from the current folder.
+    overrides: `section.key=value` strings. logical_date: the value of `{date}`, `{day}` and `{datetime}` in the file;
+    text is ISO 8601. Relative paths in the file become absolute, relative to the current folder.
     Raises: JobError if the file is missing or wrong; StoreError if its storage is unavailable.
     """
     moment = parse_moment(logical_date) if isinstance(logical_date, str) else logical_date
@@ -301,9 +301,9 @@ def load_job(path: str | Path, overrides: Iterable[str] = (), logical_date: date
 
 
 def with_absolute_paths(config: JobConfig) -> JobConfig:
-    """Resolve relative paths here, since workers run in other folders; `demo` prompts become a path.
+    """Resolve relative paths, since workers run in other folders; `demo` prompts become a path.
 
-    Raises: JobError for a relative output in a folder of Ray, which does not stay.
+    Raises: JobError for a relative output in Ray's copy of a working directory, which Ray deletes.
     """
     from flux_batch.demo.prompts import demo_prompts_path
 
@@ -344,9 +344,9 @@ def _with_absolute_uris(
 def _on_this_machine(
     config: JobConfig, engine: Engine | None, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None
 ) -> JobConfig:
-    """Return the job as it can run: where a cluster is started here and there is no GPU, on the CPU.
+    """Check a job, and return it as it can run: on the CPU if this machine runs it and has no GPU.
 
-    Only then the model is looked for, since the nodes of another cluster may have other files.
+    The weights are checked only if this machine runs the job: the nodes of another cluster may have other files.
     Raises: SourceError if the job's input image cannot be used; the errors of check_weights.
     """
     if config.sampling.input_image:
@@ -360,7 +360,7 @@ def _on_this_machine(
 
 
 def _on_cpu_without_gpu(config: JobConfig, make_pipeline: Callable[[ModelConfig], ImagePipeline] | None) -> JobConfig:
-    """Return the job as this machine can run it: without a GPU, on its CPU. Raises: as check_weights."""
+    """Return the job for this machine: on the CPU if it has no GPU. Raises: as check_weights."""
     workers = config.workers
     no_gpu = "there is no GPU on this machine" if workers.num_gpus and not has_gpu() else ""
     if make_pipeline is None:
@@ -372,16 +372,16 @@ def _on_cpu_without_gpu(config: JobConfig, make_pipeline: Callable[[ModelConfig]
 
 
 def _ordered(todo: Shards, config: JobConfig) -> Shards:
-    """Return shards in the order in which several workers make them; that of the plan if rows cannot be weighed."""
+    """Return shards, the largest first; in the order of the plan if the rows cannot be read."""
     try:
         return largest_first(todo, config)
-    except FluxBatchError as error:  # the workers meet it too, and say which rows it costs
+    except FluxBatchError as error:  # the workers will meet it too, and report the rows
         log.warning("the shards are made in the order of the plan: %s", error)
         return todo
 
 
 def _limit_reached(config: JobConfig, price: float | None, max_cost: float | None, device_hours: float) -> str:
-    """Return the beginning of a sentence that a limit of hours or cost is reached; else ""."""
+    """Return the start of a sentence if a limit of hours or cost is reached; else ""."""
     limit = config.workers.max_gpu_hours
     if limit is not None and device_hours >= limit:
         return f"workers.max_gpu_hours = {limit:g} is reached"
@@ -391,7 +391,7 @@ def _limit_reached(config: JobConfig, price: float | None, max_cost: float | Non
 
 
 def _check_limit(limit: Callable[[float], str], progress: Progress) -> None:
-    """Raise JobError for a run that has reached its limit before it goes on."""
+    """Raise JobError if a run has reached its limit before it starts."""
     if reached := limit(progress.snapshot().device_hours):
         raise JobError(f"{_so_far(reached, progress)}; {_HIGHER_LIMIT}")
 
@@ -442,12 +442,12 @@ def ray_pool(config: JobConfig) -> Engine:
 
 def _read_job(path: str) -> bytes:
     folder, _, name = path.rpartition("/")
-    # Its storage options cannot be in the file itself: they come from the environment.
+    # The storage options of a job file come from the environment: they cannot be in the file itself.
     return Store(folder).read(name) if "://" in path else Path(path).read_bytes()
 
 
 def _with_absolute_files(samplers: dict[str, Any]) -> dict[str, Any]:
-    """Return samplers whose lists of values in files have full paths."""
+    """Return samplers with absolute paths of their files of values."""
     return {
         key: _absolute(value)
         if key == "file" and isinstance(value, str)
@@ -459,7 +459,7 @@ def _with_absolute_files(samplers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output_folder(uri: str) -> str:
-    """Return the full path of an output. Raises: JobError if it would lie in Ray's copy of a submitted folder."""
+    """Return the absolute path of an output. Raises: JobError if it lies in Ray's copy of a submitted folder."""
     is_relative = "://" not in uri and not os.path.isabs(os.path.expanduser(uri))
     if is_relative and _RAY_WORKING_DIR in Path.cwd().parts:
         raise JobError(

@@ -1,7 +1,7 @@
 """Log lines as text or JSON, without secrets or control characters.
 
-RAY_LOGGING_CONFIG_ENCODING=JSON selects JSON, as it does for Ray, which then writes the lines of the workers with its
-own fields added. Both have `run`, `shard` and `key` if a line is about one.
+RAY_LOGGING_CONFIG_ENCODING=JSON selects JSON here and in Ray, which then adds its own fields to the lines of workers.
+Lines about a run, a shard or an image have the fields `run`, `shard` and `key`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FIELDS = ("run", "shard", "key", "exit_code", "progress")
 
 @contextmanager
 def open_streams() -> Iterator[None]:
-    """Keep stdout and stderr writable while the block runs, where `>&-` has closed them.
+    """Keep stdout and stderr writable while the block runs, even after `>&-`.
 
-    What is left for one that takes no more is dropped, as of a full disk: Python would exit with 120 for it.
+    Unwritten output is dropped at the end if it cannot be written, as on a full disk: Python would exit with 120.
     """
     with ExitStack() as stack:
         for name in ("stdout", "stderr"):
@@ -40,7 +40,7 @@ def open_streams() -> Iterator[None]:
 
 @contextmanager
 def reader_may_be_gone() -> Iterator[None]:
-    """Run a block that writes to a pipe or terminal, which may be closed."""
+    """Run a block that writes to a pipe or terminal whose reader may be gone."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def _drop_unread() -> None:
 
 
 class _PlainLines(logging.Formatter):
-    """The formatter of plain text."""
+    """A formatter of plain text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of a record."""
@@ -67,7 +67,7 @@ class _PlainLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """The formatter of one JSON object per line; `run` is the name of the run, once known."""
+    """A formatter that writes one JSON object per line; `run` is the name of the run, once known."""
 
     run = ""
 
@@ -88,7 +88,7 @@ class JsonLines(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """The handler that writes to what stderr is at the moment: a live display stands in for it."""
+    """A handler that looks up sys.stderr for each line, since a live display replaces it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -101,7 +101,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def log_lines(level: int) -> Iterator[logging.Formatter]:
-    """Write the log lines of this program to stderr, in the encoding of the environment. Yields: the formatter."""
+    """Write this program's log lines to stderr, encoded as the environment says. Yields: the formatter."""
     ours = logging.getLogger("flux_batch")
     ours.setLevel(level)
     formatter = JsonLines() if os.environ.get(ENCODING) == "JSON" else _PlainLines()
@@ -112,7 +112,7 @@ def log_lines(level: int) -> Iterator[logging.Formatter]:
         yield formatter
         return
     ours.addHandler(lines)
-    ours.propagate = False  # or Ray's handler of the root logger would write them again
+    ours.propagate = False  # otherwise Ray's handler of the root logger would write them again
     try:
         yield formatter
     finally:

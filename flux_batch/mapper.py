@@ -1,6 +1,6 @@
-"""FLUX as one stage of a data pipeline, by the same steps as a job.
+"""FLUX as one stage of a data pipeline, with the same steps as a job.
 
-Knows batches of rows; does not know where they come from, where they go, nor who calls. Needs no Ray.
+This module knows batches of rows, not their source, their destination or their caller. It does not need Ray.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from flux_batch.worker.protocol import ImagePipeline, Scorer
 from flux_batch.worker.quality import Try, choose, is_open, kept_record, with_scores
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
-# Columns that each image adds to its row, out of those in the metadata of a job.
+# The metadata columns of a job that each image adds to its row.
 _ADDED_FIELDS = (
     *("image_index", "seed", "width", "height", "clip_truncated", "t5_truncated", "sha256"),
     *("status", "error_type", "error_message"),
 )
 _QUALITY_SCHEMA = pa.schema(QUALITY_FIELDS)
 _ADDED_SCHEMA = pa.schema([("image", pa.binary()), *((name, RECORD_SCHEMA.field(name).type) for name in _ADDED_FIELDS)])
-# Settings that a row may request in a column of the same name, which the values of the image replace.
+# Columns of these names in a batch are settings that rows request; the values of the image replace them.
 _REPLACED_COLUMNS = {"seed", "width", "height"}
 _INPUT_IMAGE_READERS = 4
 _ENCODERS = 2
-# Rows of one Arrow array, which holds 2 GiB of bytes: a PNG of 8192 x 8192 has up to 200 MB.
+# Rows of one Arrow array, which can hold 2 GiB of bytes: a PNG of 8192 x 8192 has up to 200 MB.
 _ROWS_PER_CHUNK = 8
-# sysexits.h EX_SOFTWARE, as for the workers of a job.
+# EX_SOFTWARE of sysexits.h; the workers of a job exit with it too.
 _DEVICE_FATAL_EXIT = 70
 
 # The bytes of an image, None if it failed, and its record.
@@ -62,10 +62,10 @@ _ColumnBatch: TypeAlias = dict[str, Any] | pa.Table
 class FluxMapper:
     """A callable for `ds.map_batches(FluxMapper, fn_constructor_kwargs=..., num_gpus=1)`.
 
-    Takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`. Rows are validated
-    and images made as in a job, so that the same ids and seeds give the same images. `prompts.uri` only is the folder
-    that relative paths in rows start from, by default the working directory. `batch_size` is the number of images in
-    one forward pass, however many rows a call brings.
+    It takes the sections `model`, `sampling` and `prompts` of a job file, and `image` of its `output`. It validates
+    rows and makes images as a job does, so the same ids and seeds give the same images. `prompts.uri` is only the
+    folder of relative paths in rows, by default the working directory. `batch_size` is the number of images in one
+    forward pass, whatever the number of rows in a call.
 
     >>> import numpy as np
     >>> mapper = FluxMapper({"uri": "demo"}, {"width": 64, "height": 64, "num_inference_steps": 2})
@@ -90,8 +90,8 @@ class FluxMapper:
     ) -> None:
         """Load the model.
 
-        quality: that section of a job; it adds the columns `tries`, `score` and `accepted`. prefix: put before the
-        names of the added columns. exit_on_device_loss: end this process when its GPU is lost for good, so that Ray
+        quality: the section `quality` of a job; it adds the columns `tries`, `score` and `accepted`. prefix: a prefix
+        of the names of added columns. exit_on_device_loss: exit this process when its GPU is unusable, so that Ray
         Data starts another; otherwise DeviceFatal is raised.
         Raises: JobError for wrong settings; CheckpointError, StoreError for a model that cannot be loaded.
         """
@@ -121,7 +121,7 @@ class FluxMapper:
         uri, guidance = f"{config.prompts.uri[0].rstrip('/')}/rows", pipeline.default_guidance
         self._parser = RowParser(config.prompts, config.sampling, uri, config.model.loras, known, guidance)
         settings = config.model
-        if settings.quantization == "none":  # otherwise the record names the setting of the caller
+        if settings.quantization == "none":  # the pipeline may have chosen one: the record names it
             settings = settings.model_copy(update={"quantization": pipeline.precision["quantization"]})
         self._recorder = Recorder(settings, format_for(config.output), pipeline.default_t5_sequence_length)
         self._quality = config.quality
@@ -129,7 +129,7 @@ class FluxMapper:
         self._added = pa.schema([*_ADDED_SCHEMA, *(_QUALITY_SCHEMA if config.quality else ())])
 
     def __call__(self, batch: _ColumnBatch) -> _ColumnBatch:
-        """Make the images of a batch, a dict of NumPy columns or an Arrow table; return one of the same kind.
+        """Make the images of a batch, a dict of NumPy columns or an Arrow table; return the same type.
 
         Each row is returned once for each of its images, in order, with the columns `image` (encoded bytes),
         `image_index`, `seed`, `width`, `height`, `clip_truncated`, `t5_truncated`, `sha256`, `status`, `error_type` and
@@ -160,7 +160,7 @@ class FluxMapper:
                 raise SourceError(f"the batch has a column {self._prefix + name!r} already; choose another `prefix`")
 
     def _parse(self, batch: _ColumnBatch) -> list[ImageRequest | FailedRow]:
-        """Validate the rows; the id of a row without one is made of its prompt, so that its image stays the same."""
+        """Validate the rows; a missing id is made from the prompt, so that a row always gives the same image."""
         prompt = self._prompts.columns.get("prompt", "prompt")
         return [
             self._parser.parse(values, row=row, default_id=_default_id(values, prompt))
@@ -168,7 +168,7 @@ class FluxMapper:
         ]
 
     def _make(self, requests: Sequence[ImageRequest]) -> dict[tuple[int, int], _EncodedImage]:
-        """Make the images of rows, in the tries of `quality`, by (row, image index)."""
+        """Make the images of rows, with further tries for `quality`. Returns: them by (row, image index)."""
         tasks = [task for request in requests for task in tasks_of(request)]
         if self._quality is None:
             return {position: encoded for position, encoded, _ in self._make_tries(tasks)}
@@ -184,7 +184,7 @@ class FluxMapper:
         return {position: _chosen(made, self._quality) for position, made in tries.items()}
 
     def _make_tries(self, tasks: Sequence[ImageTask]) -> Iterator[tuple[tuple[int, int], _EncodedImage, float | None]]:
-        """Make one try of each image and yield it with its score; encode each batch behind the next."""
+        """Make one try of each image and yield it with its score; one batch is encoded while the next is made."""
         groups = list(batches(tasks, self._batch_size))
         made: list[tuple[ImageTask, Future[_EncodedImage], float | None]] = []
         with (
@@ -204,7 +204,7 @@ class FluxMapper:
     def _make_group(self, group: Sequence[ImageTask]) -> list[ImageOutcome]:
         try:
             return self._maker.make(group)
-        except StoreError as error:  # the storage of a LoRA; no shard waits here until it is available again
+        except StoreError as error:  # the storage of a LoRA is unavailable: unlike a job, fail the rows and do not wait
             return [ImageOutcome(task, error) for task in group]
         except DeviceFatal:
             if self._exit_on_device_loss:
@@ -229,12 +229,12 @@ class FluxMapper:
 
 
 def _section(given: Any, **defaults: Any) -> Any:
-    """Return a section as a plain dict, under its defaults; anything else as it is, for the check to refuse."""
+    """Return a section as a plain dict with defaults; return other types unchanged, for validation to refuse."""
     return {**defaults, **given} if isinstance(given, Mapping) else given
 
 
 def _chosen(made: Sequence[tuple[_EncodedImage, Try]], quality: QualityConfig) -> _EncodedImage:
-    """Return the try of an image that is kept, with the columns of `quality`."""
+    """Return the kept try of an image, with the columns of `quality`."""
     tries = [one for _, one in made]
     choice = choose(tries, quality)
     data, record = made[choice.retry][0]
@@ -248,7 +248,7 @@ def _default_id(values: Row | BadRow, column: str) -> str:
 
 
 def _column_names(batch: _ColumnBatch) -> list[str]:
-    """Return the names of the columns. Raises: SourceError for any other kind of batch."""
+    """Return the column names of a batch. Raises: SourceError for other batch types."""
     if isinstance(batch, pa.Table):
         return list(batch.column_names)
     if isinstance(batch, dict):
@@ -259,8 +259,8 @@ def _column_names(batch: _ColumnBatch) -> list[str]:
 def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[Row | BadRow]:
     """Return the rows of a batch as Python values, with its columns among `names`.
 
-    A row of Arrow with a cell that cannot be read is a BadRow, as in a file. A NaN of NumPy becomes None, since NumPy
-    has no other way to leave out a number, and so does the NA of pandas, which is in the texts of its batches.
+    An Arrow row with an unreadable cell becomes a BadRow, as in a file. A NaN of NumPy becomes None, since NumPy has no
+    other value for a missing number, and so does the NA of pandas, which stands for a missing text.
     """
     present = [name for name in _column_names(batch) if name in names]
     if isinstance(batch, pa.Table):
@@ -272,10 +272,10 @@ def rows_of(batch: _ColumnBatch, names: Collection[str]) -> list[Row | BadRow]:
 def with_columns(
     batch: _ColumnBatch, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], schema: pa.Schema
 ) -> _ColumnBatch:
-    """Return the rows `rows` of a batch with columns added or replaced.
+    """Return the rows with the indices `rows` of a batch, with columns added or replaced.
 
-    The types of an Arrow table are those of `schema`; new columns of a NumPy batch hold Python objects, as they may
-    hold None.
+    New columns of an Arrow table have the types of `schema`. New columns of a NumPy batch have dtype object, since they
+    may contain None.
     """
     if isinstance(batch, pa.Table):
         kept = batch.drop_columns([name for name in batch.column_names if name in columns])
@@ -299,12 +299,12 @@ def _taken(table: pa.Table, rows: Sequence[int]) -> pa.Table:
 
 
 def _chunked(values: Sequence[Any]) -> list[Sequence[Any]]:
-    """Return values in chunks of rows, each of which an Arrow array holds."""
+    """Return values in chunks that each fit into one Arrow array."""
     return [values[first : first + _ROWS_PER_CHUNK] for first in range(0, len(values), _ROWS_PER_CHUNK)]
 
 
 def _plain(values: Any) -> list[Any]:
-    """Return a NumPy column as Python values; the cells of a column of lists are arrays themselves."""
+    """Return a NumPy column as Python values; the cells of a column of lists are arrays too."""
     return [_plain_cell(value) for value in np.asarray(values).tolist()]
 
 

@@ -1,6 +1,6 @@
-"""The nouns that cross a border: between files and code, driver and worker, worker and storage.
+"""The records passed between files and code, driver and worker, worker and storage.
 
-Plain frozen dataclasses that pickle small. Knows no file, tensor or cluster.
+They are frozen dataclasses with small pickles. This module knows no file, tensor or cluster.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any, Literal
 
 from flux_batch.sampling_params import Quantization, SamplingParams
 
-# Between the images of one column, in the metadata.
+# The separator of several images in one metadata column.
 _SEPARATOR = ", "
-# The begin of a text that is JSON.
+# The start of a text that is a JSON list of names.
 _LIST = '["'
-# Values of a row's column `lora` that mean no LoRA: CSV has no empty text, only missing values.
+# Values of the column `lora` that mean no LoRA. CSV needs "none": its empty fields are missing values.
 NO_LORA = ("", "none")
 
 
 def image_seed(run_seed: int, row_id: str, image_index: int) -> int:
-    """Return the seed of an image whose row has none: a function of the input alone, not of worker or shard.
+    """Return the seed of an image whose row has none; it depends on the input only.
 
-    Returns: 53 bits, exact in JSON and in double columns.
+    Returns: an integer of 53 bits, exact in JSON and in columns of doubles.
     """
     digest = hashlib.blake2b(f"{run_seed}\x1f{row_id}\x1f{image_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 11
 
 
 def retry_seed(seed: int, retry: int) -> int:
-    """Return the seed of a further try of an image, from that of the first; retry 0 is the first itself.
+    """Return the seed of a further try of an image, derived from the first seed; retry 0 is the first try.
 
-    Returns: 53 bits, as `image_seed`.
+    Returns: an integer of 53 bits, as `image_seed`.
     """
     if retry == 0:
         return seed
@@ -45,8 +45,9 @@ def retry_seed(seed: int, retry: int) -> int:
 class FileRange:
     """A range of rows of one prompts file.
 
-    `start` is the first row in the file; `offset` the byte where that row begins (text formats; 0 for Parquet), `line`
-    its line, from 1, where it has one; `name` the file's path relative to the data set, which row ids are made of.
+    `start` is the number of the first row in the file. `offset` is the byte where it begins in text formats; see
+    RowRange for others. `line` is its line, from 1; 0 if rows have no lines. `name` is the file's path relative to the
+    data set; row ids are made from it.
     """
 
     uri: str
@@ -61,7 +62,7 @@ class FileRange:
 class Shard:
     """The unit of work, retry and commit: the rows of one range of a prompts file, or of several small files.
 
-    Pickles to about 200 bytes, and to as many for each further file.
+    Its pickle has about 200 bytes per file.
     """
 
     index: int
@@ -75,10 +76,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One try at a shard: what the engine knows of those before it.
+    """One attempt at a shard, with the engine's knowledge of earlier attempts.
 
-    `number` counts the tries, from 1; `lost` the workers that were lost while they made it, and `reason` says how the
-    last one was. `reverse_order` makes the last images first, since another worker makes the first ones now.
+    `number` counts the attempts, from 1. `lost` counts the workers that were lost while they made the shard, `reason`
+    says how the last one was lost. `reverse_order` makes the last images first, while another worker makes the first.
     """
 
     number: int = 1
@@ -92,9 +93,8 @@ class InputImage:
     """An image that a row names: its location, or its bytes.
 
     `name` is its name in the metadata: the address as given, or the hash of the bytes. `scale` is the weight of a
-    control image or an image prompt, 1 for any other image. `allowed_roots` are local
-    folders, one of which must contain it; None for an image of the job file, which is trusted. `column` is the field
-    that names it, for messages.
+    control image or an image prompt, 1 for other images. One of the local folders `allowed_roots` must contain it;
+    None for an image of the job file, which is trusted. `column` is the field that names it, for messages.
     """
 
     name: str
@@ -106,24 +106,24 @@ class InputImage:
 
 
 def _written(scale: float) -> str:
-    """Return a weight as text from which it can be read back exactly."""
+    """Return a weight as text that parses to exactly the same number."""
     return text if float(text := f"{scale:g}") == scale else repr(scale)
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Return the names of images as one text: separated by commas, or as JSON where a name has one itself."""
+    """Return the names of images as one text: separated by commas, or as JSON if a name contains a comma."""
     is_plain = not any(_SEPARATOR in name or name.startswith(_LIST) for name in names)
     return _SEPARATOR.join(names) if is_plain else json.dumps(names, ensure_ascii=False)
 
 
 def split_names(text: str) -> list[str]:
-    """Return the names of images that the metadata has as one text; see `RowImages.names`."""
+    """Return the names of images from their text in the metadata; see `RowImages.names`."""
     return [str(name) for name in json.loads(text)] if text.startswith(_LIST) else text.split(_SEPARATOR)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowImages:
-    """The images that a row names, by column; None for none. A column that may name several has a tuple."""
+    """The images that a row names, by column; a column that may name several images has a tuple."""
 
     input_image: InputImage | None = None
     mask_image: InputImage | None = None
@@ -133,7 +133,7 @@ class RowImages:
 
     @property
     def scales(self) -> dict[str, str | None]:
-        """The weights of control images and image prompts as the metadata has them; None without such images."""
+        """The weights of control images and image prompts, as text for the metadata; None without such images."""
         return {
             f"{column}_scale": ", ".join(_written(image.scale) for image in getattr(self, column)) or None
             for column in WEIGHTED_COLUMNS
@@ -148,17 +148,17 @@ class RowImages:
 
     @property
     def counts(self) -> tuple[tuple[str, int], ...]:
-        """The number of images in each column that has any: images of one call agree in it."""
+        """The number of images in each column that has any; it is the same for all rows of a pipeline call."""
         return tuple((column, len(images)) for column, images in self.by_column.items())
 
     @property
     def sources(self) -> tuple[InputImage, ...]:
-        """The images before an edit: the reference images, or else the input image."""
+        """The images before an edit: the reference images; without any, the input image."""
         return self.reference_image or ((self.input_image,) if self.input_image else ())
 
     @property
     def names(self) -> dict[str, str | None]:
-        """The names of the images of each column as the metadata has them."""
+        """The names of the images of each column, as text for the metadata."""
         found: dict[str, str | None] = dict.fromkeys(IMAGE_COLUMNS)
         for column, images in self.by_column.items():
             takes_several = isinstance(getattr(self, column), tuple)
@@ -166,7 +166,7 @@ class RowImages:
         return found
 
     def map(self, change: Callable[[InputImage], InputImage]) -> RowImages:
-        """Return the results of `change` on each image."""
+        """Return these images, each replaced by the result of `change`."""
         changed: dict[str, Any] = {
             column: tuple(map(change, images)) if isinstance(getattr(self, column), tuple) else change(images[0])
             for column, images in self.by_column.items()
@@ -174,9 +174,9 @@ class RowImages:
         return RowImages(**changed)
 
 
-# The columns of a row, and of the metadata, that name images.
+# The columns of rows and of the metadata that name images.
 IMAGE_COLUMNS = tuple(field.name for field in fields(RowImages))
-# Those whose images have weights, in a column of that name with `_scale`.
+# The columns whose images have weights, in another column with the suffix `_scale`.
 WEIGHTED_COLUMNS = ("control_image", "image_prompt")
 
 
@@ -193,9 +193,9 @@ class LoraUse:
 class ImageRequest:
     """A validated prompt row; `seeds` has one entry for each image.
 
-    `size_from_reference`: width and height are those of the first reference image, and not known until it is read.
-    `guidance_from_model`: the embedded guidance is that of the model with the LoRAs of the row, which differ from those
-    of the job. It is not known until they are set.
+    `size_from_reference`: width and height come from the first reference image, and are unknown until it is read.
+    `guidance_from_model`: the embedded guidance comes from the model with the row's LoRAs, which differ from the job's.
+    It is unknown until they are set.
     """
 
     row: int  # within the shard
@@ -261,7 +261,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
-    """A file of a run that a commit vouches for; `path` is relative to the output."""
+    """A file of a run that a commit lists; `path` is relative to the output."""
 
     path: str
     bytes: int
@@ -270,7 +270,7 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardWork:
-    """The work on a shard, as its commit tells it; see there."""
+    """The work on a shard; the fields are those of Commit."""
 
     device_s: float = 0.0
     started_unix_time: float = 0.0
@@ -283,9 +283,9 @@ class ShardWork:
 class Commit:
     """The record that a shard is done: its counts, the hashes of its files, and the worker that made it.
 
-    `failures` counts the failed images by error type; `device_s` is the time that the worker's pipeline was computing,
-    `stage_s` the seconds in each stage of the work, of which some run side by side. `attempt` counts from 1, `num_lost`
-    the workers that were lost at the shard before. Times are 0 in commits that were written before they were recorded.
+    `failures` counts the failed images by error type. `device_s` is the computing time of the worker's pipeline,
+    `stage_s` the seconds in each stage of the work; some stages run in parallel. `attempt` counts from 1. `num_lost`
+    counts the workers that were lost at this shard before. Times are 0 in commits of versions that did not record them.
     """
 
     shard: int
@@ -309,10 +309,10 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """The device, choices and libraries that compute images: others may give other last bits.
+    """The device, settings and libraries that compute images; others may change the last bits.
 
-    `attention` names the kernels that attention tries first, `torch` for torch's own order; `compile` is True if blocks
-    are compiled. `cuda` and `cudnn` are None on other devices.
+    `attention` names the kernels that attention tries first, `torch` for torch's own order. `compile` is True if the
+    blocks are compiled. `cuda` and `cudnn` are None on other devices.
     """
 
     device: str
@@ -331,7 +331,7 @@ class Kernels:
 
     @classmethod
     def of_record(cls, record: object) -> Kernels | None:
-        """Return the kernels in the record of a run; None if it has none, as those of older versions."""
+        """Return the kernels in the record of a run; None in records of older versions."""
         try:
             return cls(**record["kernels"])  # type: ignore[index]
         except (KeyError, TypeError):
@@ -340,7 +340,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardResult:
-    """The worker's answer about one shard: a hint only, the commit in storage is the fact."""
+    """A worker's answer about one shard; only a hint: the commit in storage decides."""
 
     shard: int
     worker: str = ""
@@ -348,7 +348,7 @@ class ShardResult:
     num_failed: int = 0
     num_bytes: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # of the failed images, by error type
-    is_new: bool = False  # rendered now; not met as committed by another attempt
+    is_new: bool = False  # rendered now; False if another attempt had committed it
     device_s: float = 0.0  # time the pipeline was working
     wall_s: float = 0.0
     error: str | None = None  # set when the shard could not be committed

@@ -1,4 +1,4 @@
-"""Redaction: addresses, storage options and texts without anything that may be a secret."""
+"""Redaction of possible secrets in addresses, storage options and texts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 REDACTED = "(redacted)"
-# Storage options that hold no secret; all others are redacted wherever a config is written down.
+# Storage options that hold no secret; all others are redacted wherever a config is written.
 _PUBLIC_OPTIONS = frozenset(
     {"anon", "client_kwargs", "endpoint_url", "profile", "region_name", "requester_pays", "use_ssl"}
 )
 # Settings that hold addresses.
 _ADDRESSES = frozenset({"uri", "file", "input_image", "input_image_root", "image_encoder", "wildcards"})
-# Settings that hold the options of somebody's own code, which may be addresses under any name.
+# Settings with the options of user code, which may be addresses under any name.
 _OPTIONS = frozenset({"options", "pipeline_options"})
 _ADDRESS = re.compile(r"\S*://\S+")
 _USER = re.compile(r"://[^/\s'\"]*@")
-# A web address is signed in its query. Elsewhere a question mark belongs to a name or a pattern.
+# A web address has its signature in the query. Elsewhere a question mark is part of a name or a pattern.
 _QUERY = re.compile(r"(\bhttps?://[^\s'\"?]*)(\?[^\s'\"]*)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Punctuation after an address in a sentence, which is not part of it.
@@ -25,13 +25,13 @@ _STOPS = ",:;.)"
 
 
 def public_uri(uri: str) -> str:
-    """Return an address without possible secrets: user, password and the query of a web address."""
+    """Return an address without user, password and, for a web address, query."""
     uri = re.sub("://[^/]*@", "://", uri)
     return re.sub(r"(\bhttps?://[^?]*)\?.*", r"\1", uri, flags=re.IGNORECASE | re.DOTALL)
 
 
 def public_text(text: str) -> str:
-    """Return a text with its addresses made public."""
+    """Return a text with the possible secrets of its addresses removed."""
     return _QUERY.sub(lambda found: found[1] + found[2][len(found[2].rstrip(_STOPS)) :], _USER.sub("://", text))
 
 
@@ -41,7 +41,7 @@ def plain_text(text: str) -> str:
 
 
 def public_tree(value: Any, name: str = "") -> Any:
-    """Return settings, or the value of the setting `name`, with their addresses made public."""
+    """Return settings, or the value of the setting `name`, without the secrets of their addresses."""
     if name in _OPTIONS:
         return _public_options(value)
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def public_tree(value: Any, name: str = "") -> Any:
 
 
 def _public_options(value: Any) -> Any:
-    """Return options with each text that is an address made public."""
+    """Return options without the possible secrets of texts that are addresses."""
     if isinstance(value, dict):
         return {key: _public_options(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -61,12 +61,12 @@ def _public_options(value: Any) -> Any:
 
 
 def redact(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return storage options without secrets. Values that may be secret are redacted, addresses made public."""
+    """Return storage options with possible secrets redacted, also those in addresses."""
     return {key: _public_value(key, value) for key, value in options.items()}
 
 
 def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return redacted storage options without what was redacted, which the environment may have."""
+    """Return storage options without the redacted ones; the environment may supply those."""
     kept = {key: value for key, value in options.items() if value != REDACTED}
     return {key: without_redacted(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 

@@ -1,6 +1,6 @@
-"""The run that an output holds: opening, extending, retrying and closing it.
+"""The run in an output: opening, extending, retrying and closing it.
 
-Knows the plan, the output and the report; knows no worker and no engine. Functions that write need the lease.
+This module knows the plan, the output and the report, but no worker and no engine. Functions that write need the lease.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from flux_batch.worker.settled_precision import kernels_of_run, settled_job, wit
 
 log = logging.getLogger(__name__)
 
-# Commits that are read for the size of their images.
+# The number of commits that are read to estimate the size of an image.
 _SAMPLED_COMMITS = 20
 
 
 def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunReport | None:
-    """Return the report of a finished run, None if there is work. Needs no lease and writes nothing."""
+    """Return the report of a finished run, None if there is work left. Needs no lease and writes nothing."""
     plan = _saved_plan(config, store, extend=extend) if store.exists(SUCCESS) else None
     if plan is None or (extend and extended(plan, config.prompts, config.output.shard_size) is not plan):
         return None
@@ -81,9 +81,10 @@ def finished(config: JobConfig, store: Store, *, extend: bool = False) -> RunRep
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """The run that an output holds already.
+    """The existing run in an output.
 
-    bytes_per_image: the mean of some of its files, None without any. worker_s: seconds that workers had their devices.
+    bytes_per_image: the mean over the files of some commits, None without images. worker_s: the seconds for which
+    workers held their devices.
     """
 
     num_shards: int
@@ -99,22 +100,22 @@ class ExistingRun:
         return self.num_committed == self.num_shards
 
     def device_hours(self, num_gpus: float) -> float:
-        """Return the hours that workers had their GPUs; one without GPUs counts as one."""
+        """Return the GPU-hours of the run; a worker without GPUs counts as one GPU."""
         return self.worker_s * (num_gpus or 1) / 3600
 
     @property
     def text(self) -> str:
-        """The rest of the run, as a line."""
+        """The state of the run as one line."""
         shards = f"{self.num_committed} of {count_of(self.num_shards, 'shard')}"
         if self.is_complete:
             return f"{shards} committed: nothing to do"
-        return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would go on with the rest"
+        return f"{shards}, {self.num_images} images ({self.num_failed} failed): a run would continue with the rest"
 
 
 def job_of_run(config: JobConfig, store: Store, *, extend: bool = False) -> JobConfig:
-    """Return a job with what its run began with where it leaves that open: dtype, `compile`, guidance.
+    """Return a job with its open settings taken from its existing run.
 
-    A job that takes the place of another, which has made no image, has nothing of it.
+    These are dtype, `compile` and guidance. A job that replaces a run without images is returned unchanged.
     Raises: PlanMismatch, StoreError, JobError.
     """
     begun = with_model_of_run(store, config)
@@ -122,9 +123,9 @@ def job_of_run(config: JobConfig, store: Store, *, extend: bool = False) -> JobC
 
 
 def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
-    """Return the run in the output that the job would go on with; None if it would begin one.
+    """Return the run in the output that the job would resume; None if it would begin a new one.
 
-    Raises: PlanMismatch, JobError if it could do neither.
+    Raises: PlanMismatch, JobError if it can do neither.
     """
     plan = _saved_plan(job_of_run(config, store), store)
     if plan is None:
@@ -147,13 +148,12 @@ def existing_run(config: JobConfig, store: Store) -> ExistingRun | None:
 
 
 def _check_empty(store: Store) -> None:
-    """Raise JobError for an output where a new run would write over files of others."""
+    """Raise JobError if a new run would overwrite other files in the output."""
     if foreign := _any_output(store):
         raise JobError(f"{store.uri}: holds {foreign}, but no run; use an empty folder as output.uri")
     if store.exists(CARD) and not store.exists(JOB):
         raise JobError(
-            f"{store.uri}: holds a {CARD} of somebody else's, where the data set card would be written; use an empty "
-            "folder as output.uri"
+            f"{store.uri}: holds another {CARD}, which this run would overwrite; use an empty folder as output.uri"
         )
 
 
@@ -175,7 +175,7 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
         return _extend_run(config, store, plan) if extend else plan
     plan = draft or draft_run(config, store)
     if store.exists(PLAN):
-        # Of another job, which has made no image. The plan goes last: without it, nobody would look for the others.
+        # The plan of another job, which has made no image. It is deleted last: without it nothing finds the others.
         for key in (*SETTLED, PROGRESS, PLAN):
             store.delete(key)
     store.write(JOB, config.to_yaml().encode())
@@ -183,12 +183,12 @@ def open_run(config: JobConfig, store: Store, draft: Plan | None = None, *, exte
     try:
         store.put_if_absent(PLAN, plan.to_parquet())
     except AlreadyExists:
-        return open_run(config, store, extend=extend)  # our own write succeeded, but its answer was lost
+        return open_run(config, store, extend=extend)  # our write succeeded, but its answer was lost
     return plan
 
 
 def open_random_run(config: JobConfig, store: Store, num_rows: int) -> None:
-    """Write a new run of rows from all over the prompts, into a new folder."""
+    """Write a new run of random rows of all prompts into a new folder."""
     open_run(config, store, random_rows(draft_run(config, store), config.prompts, num_rows))
 
 
@@ -210,8 +210,8 @@ def _extend_run(config: JobConfig, store: Store, plan: Plan) -> Plan:
 def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Plan | None:
     """Load the plan of the output's run, None if there is no run.
 
-    A run without images or metadata, for example one whose model was missing, may still change, so it does not count.
-    Raises: PlanMismatch, DamagedObject.
+    A different run without images or metadata counts as none, for example one whose model was missing: the job may
+    replace it. Raises: PlanMismatch, DamagedObject.
     """
     try:
         saved = store.read(PLAN)
@@ -235,7 +235,7 @@ def _saved_plan(config: JobConfig, store: Store, *, extend: bool = False) -> Pla
 
 
 def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: bool) -> None:
-    """Finish interrupted reverts; with `retry_failed`, revert the commits that have failed rows. Needs the lease."""
+    """Finish interrupted reverts; with `retry_failed`, also revert commits with failed rows. Needs the lease."""
     run, output_format = (
         RunFolder(store, len(plan.shards)),
         format_for(config.output, columns_of_job(plan.passthrough, config)),
@@ -251,7 +251,7 @@ def revert_failed(config: JobConfig, plan: Plan, store: Store, *, retry_failed: 
 
 
 def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Progress]:
-    """Read the shards left to do, and the totals of the others."""
+    """Read the shards that are left, and the totals of the committed ones."""
     counts = CommitLog.read(Commits(RunFolder(store, len(plan.shards))))
     todo, num_images = plan.shards.without(counts.is_done), config.sampling.num_images_per_prompt
     progress = Progress(
@@ -270,14 +270,14 @@ def read_state(config: JobConfig, plan: Plan, store: Store) -> tuple[Shards, Pro
 
 
 def _past_worker_s(store: Store) -> float:
-    """Return the seconds that workers of all invocations had their devices."""
+    """Return the seconds for which workers held their devices, over all past invocations."""
     return float((read_json(store, PROGRESS) or {}).get("worker_s", 0.0))
 
 
 def _any_output(store: Store) -> str | None:
-    """Return the key of an image or metadata in the output; None without one.
+    """Return the key of one image or metadata file in the output; None without one.
 
-    It may be of any origin, and of an unfinished shard.
+    It may belong to another program or to an unfinished shard.
     """
     return store.any_key(TRAIN) or store.any_key(METADATA) or store.any_key(STAGING)
 
@@ -298,7 +298,7 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
         revision = model_revision(config.model.uri, config.model.storage_options)
         report = replace(report, model={**report.model, "revision": revision})
         store.write(REPORT, report.to_json())
-        # Now with the dtype that the first worker chose.
+        # Written again, now with the dtype that the first worker chose.
         store.write(CARD, card(config, plan.num_prompts, _sampled_values(config, plan)).encode())
         if report.is_complete:
             store.write(SUCCESS, b"")
@@ -306,7 +306,7 @@ def close_run(config: JobConfig, store: Store, plan: Plan, progress: Progress) -
 
 
 def _sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
-    """Return what the samplers drew; nothing if the prompts are away by now, since the run is done."""
+    """Return the shares of sampled values; nothing if the prompts are missing by now, since the run is done."""
     try:
         return sampled_values(config, plan)
     except FluxBatchError as error:
@@ -315,17 +315,17 @@ def _sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
 
 
 def _clear_scratch(store: Store) -> None:
-    """Remove the half-written files of killed processes; a live process whose file is removed writes it again."""
+    """Remove half-written files of killed processes; a live process writes a removed file again."""
     store.delete_many(store.list(STORE_TMP))
     for upload in unfinished_uploads(store):
         try:
             store.abort(upload)
-        except StoreError as error:  # a policy of the bucket may deny it, and the run is done without it
+        except StoreError as error:  # the bucket's policy may deny it, and the run is complete anyway
             log.warning("the parts of an upload remain, `flux-batch gc` tries again: %s", error)
 
 
 def _report_of(config: JobConfig, store: Store, progress: Progress) -> RunReport:
-    """Make the report of a run and of this invocation; its speed is the last of the log."""
+    """Return the report of a run and of this invocation; its speed is the last one logged."""
     figures = progress.last or progress.snapshot()
     return RunReport(
         name=config.name,

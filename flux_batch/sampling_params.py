@@ -1,7 +1,7 @@
 """The sampling fields with their defaults, ranges and texts, and the ranges of other settings.
 
 The job file, prompt rows, the pipeline's call, batches and the metadata all take their fields from SamplingParams.
-Knows words and ranges; knows no file, tensor or cluster.
+This module knows names and ranges, but no file, tensor or cluster.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from flux_batch.errors import InvalidSetting, did_you_mean
 
-# The spellings of diffusers, accepted wherever ours are: in the call, the job file and as columns.
+# The spellings of diffusers. The call, the job file and the columns of rows accept them beside ours.
 ALIASES = {
     "guidance_scale": "embedded_guidance",
     "true_cfg_scale": "cfg_scale",
     "max_sequence_length": "t5_sequence_length",
 }
 
-# The storage of matrices: as the model's dtype; in bfloat16 or fp8, widened to it for each product; multiplied in fp8.
+# How matrices are stored. none: in the model's dtype. bfloat16, fp8: converted to that dtype for each product.
+# fp8_matmul: multiplied in fp8.
 Quantization = Literal["none", "bfloat16", "fp8", "fp8_matmul"]
 
 # The side of the square that a packed latent token covers: 8 pixels of the autoencoder, 2 latents of a patch.
 TOKEN_SIDE_PX = 16
-# Position ids of a side longer than this are no longer exact in bfloat16 pipelines, and no FLUX.1 was trained near it.
+# Position ids of a longer side are not exact in bfloat16 pipelines, and FLUX.1 was trained on far smaller images.
 MAX_SIDE = 8192
 _MAX_STEPS = 1000
 MAX_T5_LENGTH = 4096
-# The first number that is no seed: torch.Generator takes 64 bits.
+# Seeds are less than this: torch.Generator takes 64 bits.
 MAX_SEED = 2**64
-# Seeds are written down below this, as data sets are read into signed columns. The noise stays that of the whole seed:
-# torch's generator on the CPU draws from its lowest 32 bits (pytorch, aten/src/ATen/core/MT19937RNGEngine.h).
+# Written seeds are less than this, since data sets are read into signed columns. A larger seed is written modulo it,
+# and gives the same noise: torch's CPU generator uses the lowest 32 bits (pytorch, ATen/core/MT19937RNGEngine.h).
 WRITTEN_SEEDS = 2**63
-# Latents along a side of a tile: smaller ones would know too little of the image to be worth the name.
+# The smallest side of a tile, in latents: smaller tiles would see too little of the image.
 _MIN_TILE = 16
 
 
@@ -45,19 +46,19 @@ def num_image_tokens(width: int, height: int) -> int:
     return (width // TOKEN_SIDE_PX) * (height // TOKEN_SIDE_PX)
 
 
-# Width and height of the images that FLUX.1-Kontext was trained with, about a megapixel each.
+# Width and height of FLUX.1-Kontext's training images, about a megapixel each.
 # Source: black-forest-labs/flux 802fb47, src/flux/util.py, PREFERED_KONTEXT_RESOLUTIONS.
 _UPRIGHT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
 _KONTEXT_SIZES = (*_UPRIGHT, (1024, 1024), *((height, width) for width, height in reversed(_UPRIGHT)))
 
 
 def preferred_size(width: int, height: int) -> tuple[int, int]:
-    """Return the (width, height) of Kontext's training with the nearest proportions."""
+    """Return the (width, height) with the nearest proportions among Kontext's training sizes."""
     return min(_KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), *size))
 
 
 def own_size(width: int, height: int) -> tuple[int, int]:
-    """Return the size of an image rounded down to whole tokens, at least one."""
+    """Return the (width, height) of an image rounded down to whole tokens, at least one."""
     return tuple(max(TOKEN_SIDE_PX, side - side % TOKEN_SIDE_PX) for side in (width, height))  # type: ignore[return-value]
 
 
@@ -110,7 +111,7 @@ def _check_strength(name: str, value: float) -> None:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Raise InvalidSetting unless `value` is text that a file can hold: YAML and JSON can spell half a character."""
+    """Raise InvalidSetting unless `value` is text without lone surrogates, which YAML and JSON can spell."""
     if not isinstance(value, str):
         raise InvalidSetting(f"{name} = {value!r}: must be a string", field=name)
     try:
@@ -120,13 +121,13 @@ def _check_text(name: str, value: str) -> None:
 
 
 def check_tiles(tile_size: int, tile_stride: int) -> None:
-    """Raise InvalidSetting unless tiles cover an image without gaps. Size and distance are in latents."""
+    """Raise InvalidSetting unless tiles cover an image without gaps; size and stride are in latents."""
     check_integer("tile_size", tile_size, _MIN_TILE, MAX_SIDE)
     check_integer("tile_stride", tile_stride, 1, tile_size)
 
 
 def check_quantization(value: str, dtype: str) -> None:
-    """Raise InvalidSetting unless `value` is a quantization that suits a model of `dtype`."""
+    """Raise InvalidSetting unless `value` is a quantization for a model of `dtype`."""
     check_choice("quantization", value, get_args(Quantization))
     if value == "fp8_matmul" and dtype not in ("bfloat16", "auto"):
         raise InvalidSetting(
@@ -142,7 +143,7 @@ def check_quantization(value: str, dtype: str) -> None:
 
 
 def check_step_cache(value: float) -> None:
-    """Raise InvalidSetting unless `value` is a threshold for reusing steps: 0, which is off, to 1."""
+    """Raise InvalidSetting unless `value` is a step cache threshold from 0 (off) to 1."""
     _check_scale("step_cache", value)
     if value > 1:
         raise InvalidSetting(f"step_cache = {value}: must be from 0, which is off, to 1", field="step_cache")
@@ -153,11 +154,11 @@ def check_cuda_graphs(
 ) -> None:
     """Raise InvalidSetting for CUDA graphs beside a step cache, ControlNets or an IP-Adapter.
 
-    The one decides at each step what is launched; what the others add is no input of a graph.
+    A step cache decides at each step which kernels run, and the tensors of the others are not inputs of a graph.
     """
     if value and step_cache:
         raise InvalidSetting(
-            f"cuda_graphs = {value}: a step cache decides at each step what is launched, which no graph can; "
+            f"cuda_graphs = {value}: a step cache decides at each step which kernels run, and a graph is fixed; "
             f"leave it out, or set step_cache = {step_cache} to 0",
             field="cuda_graphs",
         )
@@ -174,14 +175,14 @@ def check_cuda_graphs(
 
 
 class _Mark(NamedTuple):
-    """A mark of a sampling field, beside its type."""
+    """A marker in the annotation of a sampling field."""
 
     word: str
 
 
-# Each image of a call may have its own value; all other fields are the same for the images of a call.
+# Each image of a call may have its own value; the other fields have one value for all images of a call.
 _PER_IMAGE = _Mark("per image")
-# Left out of a pipeline's call at its default, so that a pipeline need not know it.
+# Not passed to a pipeline at its default, so that other pipelines need not have this argument.
 _IF_SET = _Mark("if set")
 
 
@@ -189,8 +190,8 @@ _IF_SET = _Mark("if set")
 class SamplingParams:
     """The settings of one image. Raises: InvalidSetting for a value out of range.
 
-    A field is its type, its check, its marks, its default and its text; SAMPLING_FIELDS is read from them. It has no
-    slots, since the job file's section `sampling` inherits from it.
+    Each field has a type, a check, markers, a default and a docstring; SAMPLING_FIELDS is built from them. The class
+    has no slots, since the job file's section `sampling` inherits from it.
     """
 
     width: Annotated[int, _check_side] = 1024
@@ -225,12 +226,12 @@ class SamplingParams:
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """The values that all images of one call have in common."""
+        """The values that must be the same for all images of one call."""
         return tuple(getattr(self, name) for name, field in SAMPLING_FIELDS.items() if not field.is_per_image)
 
 
 class _SamplingField(NamedTuple):
-    """One field of SamplingParams; `type` is int, float or str, without the None that some may be."""
+    """One field of SamplingParams; `type` is int, float or str, even if the field may also be None."""
 
     type: type
     default: Any
@@ -251,9 +252,9 @@ SAMPLING_FIELDS: Mapping[str, _SamplingField] = dict(_read_fields())
 
 
 def call_arguments(images: Sequence[SamplingParams]) -> dict[str, Any]:
-    """Return the pipeline's arguments for these images, which agree in what is `shared`.
+    """Return the pipeline's arguments for images with the same `shared` values.
 
-    A field that is _PER_IMAGE is a list, every other one value. One that is _IF_SET is left out at its default.
+    A _PER_IMAGE field is a list, every other field one value. An _IF_SET field is left out at its default.
     """
     arguments = {}
     for name, field in SAMPLING_FIELDS.items():

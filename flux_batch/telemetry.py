@@ -1,4 +1,4 @@
-"""Running figures of a process, which whoever watches it may read at any time; knows no watcher."""
+"""Counters, gauges and worker states of a running process; other code may read them at any time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class CounterKey(NamedTuple):
 
 
 class ShardCount(NamedTuple):
-    """The images of a shard that is not committed.
+    """The number of images of a shard that is not committed.
 
-    num_images: all that its rows request, as far as they are read. num_done: those that are made or failed, of which an
-    earlier attempt has made num_adopted. failures: the failed ones by error type.
+    num_images: the images that the rows read so far request. num_done: those made or failed. num_adopted: those of
+    num_done that an earlier attempt made. failures: the failed ones by error type.
     """
 
     num_images: int = 0
@@ -32,16 +32,16 @@ class ShardCount(NamedTuple):
 
 
 class WorkerFigures(NamedTuple):
-    """The figures of a worker: the count of each shard in its hands, and the seconds that it made images."""
+    """The figures of a worker: the count of each shard in hand, and the seconds spent making images."""
 
     in_hand: Mapping[int, ShardCount]
     busy_s: float = 0.0
 
 
 class Metrics:
-    """Counters that only grow and gauges that rise and fall; safe to use from several threads.
+    """Counters, which only grow, and gauges, which rise and fall; thread-safe.
 
-    run: the name of the run that they belong to.
+    run: the name of their run.
     """
 
     def __init__(self, run: str) -> None:
@@ -67,18 +67,18 @@ class Metrics:
             self._in_hand[shard] = count
 
     def put_down(self, shard: int) -> None:
-        """Forget a shard, which is finished or put aside."""
+        """Remove a shard that is finished or put aside."""
         with self._lock:
             self._in_hand.pop(shard, None)
 
     def figures(self) -> WorkerFigures:
-        """Return the figures of this moment."""
+        """Return the present figures."""
         with self._lock:
             return WorkerFigures(dict(self._in_hand), self._counters[CounterKey("stage_seconds", "make")])
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds spent inside to the counter `stage_seconds`, after an error too."""
+        """Add the seconds spent in the block to the counter `stage_seconds`, after an error too."""
         started = time.monotonic()
         try:
             yield
@@ -97,7 +97,7 @@ class Metrics:
 
 
 class ShardMetrics:
-    """The metrics of a worker, with the seconds of one shard by stage beside them."""
+    """The metrics of a worker, and the seconds of one shard by stage."""
 
     def __init__(self, of_worker: Metrics) -> None:
         self.of_worker = of_worker
@@ -109,7 +109,7 @@ class ShardMetrics:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds spent inside to those of the worker, and of the shard."""
+        """Add the seconds spent in the block to those of worker and shard."""
         with self.of_worker.timed(stage), self._own.timed(stage):
             yield
 
@@ -119,7 +119,7 @@ class ShardMetrics:
 
 
 class Heartbeat:
-    """The last sign of progress of each activity that is under way; safe to use from several threads."""
+    """The time of the last progress of each running activity; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -127,7 +127,7 @@ class Heartbeat:
 
     @contextmanager
     def busy(self, activity: str) -> Iterator[None]:
-        """Expect signs of progress from an activity, which the block carries out."""
+        """Expect progress from an activity while the block runs."""
         with self._lock:
             self._last[activity] = time.monotonic()
         try:
@@ -137,28 +137,28 @@ class Heartbeat:
                 self._last.pop(activity, None)
 
     def beat(self, activity: str | None = None) -> None:
-        """Record progress of an activity; without a name, of every activity under way."""
+        """Record progress of an activity; without a name, of every running activity."""
         with self._lock:
             for name in [activity] if activity else list(self._last):
                 if name in self._last:
                     self._last[name] = time.monotonic()
 
     def idle_s(self) -> float:
-        """Return the seconds since the last sign of the activity that is silent longest; 0 if none is under way."""
+        """Return the longest time without progress of any running activity, in seconds; 0 if none runs."""
         with self._lock:
             return max((time.monotonic() - last for last in self._last.values()), default=0.0)
 
 
-# The heartbeat while this process loads its model; whatever may take hours then, a download or a wait, beats it.
+# The heartbeat while this process loads its model: downloads and waits, which may take hours, record progress here.
 LOADING = Heartbeat()
 
 
 @dataclass(eq=False)
 class WorkerState:
-    """A worker as its engine sees it; times are of time.monotonic().
+    """A worker as its engine sees it; times are values of time.monotonic().
 
-    placed_at: when its process had its device. up_at: when its model was loaded. in_hand: the last known count of each
-    shard that it makes or finishes; began_at: when it began them.
+    placed_at: the time when its process got its device. up_at: the time when its model was loaded. in_hand: the last
+    known count of each shard that it makes or finishes. began_at: the time when it began each of them.
     """
 
     number: int
@@ -168,43 +168,43 @@ class WorkerState:
     busy_s: float = 0.0
     in_hand: dict[int, ShardCount] = field(default_factory=dict)
     began_at: dict[int, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # shards come while figures are read
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # figures are read while shards change
 
     def begin(self, shard: int) -> None:
-        """Add a shard, which it makes now."""
+        """Add a shard that the worker begins."""
         with self._lock:
             self.began_at[shard] = time.monotonic()
             self.in_hand[shard] = ShardCount()
 
     def end(self, shard: int) -> None:
-        """Remove a shard, which it has finished or put aside."""
+        """Remove a shard that the worker has finished or put aside."""
         with self._lock:
             self.began_at.pop(shard, None)
             self.in_hand.pop(shard, None)
 
     def update(self, figures: WorkerFigures) -> None:
-        """Replace its figures. A shard keeps its last count until the engine knows how it ended."""
+        """Replace the figures. A shard keeps its last count until the engine knows how it ended."""
         self.busy_s = figures.busy_s
         with self._lock:
             self.in_hand.update((shard, figures.in_hand[shard]) for shard in figures.in_hand.keys() & self.in_hand)
 
 
 class EngineState:
-    """The state of an engine, which whoever watches may read at any time.
+    """The state of an engine; other code may read it at any time.
 
-    `waiting_for` names what all workers wait for, as in "the model to load"; empty while one is at work.
+    `waiting_for` says what all workers wait for, e.g. "the model to load"; it is empty while a worker works.
     """
 
     def __init__(self) -> None:
         self.waiting_for = ""
         self.workers: tuple[WorkerState, ...] = ()
-        self.first_began_at: float | None = None  # the first shard of all, by time.monotonic()
+        self.first_began_at: float | None = None  # when the first shard began, by time.monotonic()
         self._num_started = 0
-        self._makers: dict[int, list[WorkerState]] = {}  # of each shard in hand
+        self._makers: dict[int, list[WorkerState]] = {}  # the workers that make each shard
         self._ended_s = 0.0
 
     def start(self) -> WorkerState:
-        """Add a worker that starts."""
+        """Add a new worker."""
         self._num_started += 1
         worker = WorkerState(self._num_started)
         self.workers = (*self.workers, worker)
@@ -218,7 +218,7 @@ class EngineState:
             self.first_began_at = worker.began_at[shard]
 
     def settle(self, shard: int) -> None:
-        """Remove a shard from all workers: its result is known, whoever else is at it."""
+        """Remove a shard from all its workers, since its result is known."""
         for worker in self._makers.pop(shard, ()):
             worker.end(shard)
 
@@ -230,7 +230,7 @@ class EngineState:
 
     @property
     def worker_s(self) -> float:
-        """The seconds that workers had their devices so far, all together."""
+        """The total seconds for which workers have held their devices."""
         return self._ended_s + sum(_since(worker.placed_at) for worker in self.workers)
 
 

@@ -61,7 +61,7 @@ def test_the_command_line_helps_itself(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_text("mine")
     code, _, err = flux_batch(capsys, "run", job)
-    assert (code, "holds a README.md of somebody else's" in err) == (2, True)
+    assert (code, "holds another README.md" in err) == (2, True)
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -197,8 +197,8 @@ def test_an_output_that_cannot_be_looked_at_is_told_in_one_sentence(
         (["status", "out", "two"], "flux-batch status: unrecognized arguments: two\n"),
         (["bench", "driver", "--jsn"], "flux-batch bench driver: unrecognized arguments: --jsn; did you mean '--json'"),
         (["bench", "kernels", "--quantization", "none"], "bench kernels: unrecognized arguments: --quantization none;"),
-        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number of more than 0"),
-        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number of more than 0"),
+        (["plan", "job.yaml", "--price", "two"], "--price: two: must be a number greater than 0"),
+        (["plan", "job.yaml", "--price", "0"], "--price: 0: must be a number greater than 0"),
     ],
 )
 def test_a_wrong_option_says_what_would_be_right(
@@ -292,7 +292,7 @@ def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_scheduled_job_is_of_the_date_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(make_job(tmp_path, output={"uri": str(tmp_path / "out-{date}")}), tmp_path / "job.yaml")
     code, _, err = flux_batch(capsys, "plan", job)
-    assert (code, err.startswith(f"flux-batch: {job}: output.uri asks for the date of the run")) == (2, True)
+    assert (code, err.startswith(f"flux-batch: {job}: output.uri needs the date of the run")) == (2, True)
     code, out, _ = flux_batch(capsys, "plan", job, "--logical-date", "2026-11-22")
     assert (code, "10 in 1 file\n" in out) == (0, True)
 
@@ -373,7 +373,7 @@ def test_init_says_a_next_command_that_can_be_pasted(tmp_path: Path, capsys: pyt
     [
         ("plan", "interrupted; nothing was written"),
         ("preview", "interrupted; the output of the job is as it was"),
-        ("run", "interrupted; what is committed stays, the same command resumes the run"),
+        ("run", "interrupted; committed work stays, the same command resumes the run"),
     ],
 )
 def test_an_interrupted_command_says_what_it_leaves(

@@ -90,19 +90,19 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
         return FakePipeline()
 
     words = (
-        r"^(workers\.max_gpu_hours = 1e-09|--max-cost 1) is reached.*; the same command with a higher limit goes on$"
+        r"^(workers\.max_gpu_hours = 1e-09|--max-cost 1) is reached.*; the same command with a higher limit continues$"
     )
     with pytest.raises(Interrupted, match=words) as stopped:
         run(config, engine=LocalEngine(), make_pipeline=load, stop=stop, **cost)
     assert stopped.value.exit_code == 75
     hours = json.loads((tmp_path / "out/_run/progress.json").read_text())["device_hours"]
     status = read_status(Store(str(tmp_path / "out")))
-    assert "is reached; the same command with a higher limit goes on" in status["stopped_by"]
+    assert "is reached; the same command with a higher limit continues" in status["stopped_by"]
     assert f"state    stopped: {status['stopped_by']}" in format_status(status)
     with pytest.raises(JobError, match=words) as again:  # or who retries 75 would retry for ever
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
     assert again.value.exit_code == 2
-    hint = "workers.max_gpu_hours = 1e-09 is reached; the same command with a higher limit goes on"
+    hint = "workers.max_gpu_hours = 1e-09 is reached; the same command with a higher limit continues"
     assert foresee(config)[2] == ([hint] if limit else [])  # so that `plan` says it
     assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == status["stopped_by"]
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})

@@ -1,4 +1,4 @@
-"""The sections of the job file for what a model reads beside texts: its side networks and adapters."""
+"""The sections of the job file for ControlNets, Redux and IP-Adapters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from flux_batch.errors import InvalidSetting
 
 
 class ReduxConfig(Section):
-    """Redux with its vision tower; it reads the image prompts of each row."""
+    """Redux with its image encoder; it reads the image prompts of each row."""
 
     uri: str = Field(min_length=1)
     """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model."""
     image_encoder: str | None = Field(default=None, min_length=1)
-    """The file or folder of its vision tower; the folder `image_encoder` beside it if null."""
+    """The file or folder of its image encoder; the folder `image_encoder` beside it if null."""
     scale: float = 1.0
-    """The weight of every image, beside the row's own."""
+    """The weight of every image; it is multiplied with the row's own."""
 
     @property
     def uris(self) -> tuple[str, ...]:
-        """Its address."""
+        """Its address, as a tuple of one."""
         return (self.uri,)
 
     @model_validator(mode="after")
@@ -33,19 +33,19 @@ class ReduxConfig(Section):
 
 
 class IPAdapterConfig(Section):
-    """IP-Adapters with their vision tower; each reads an image prompt of a row."""
+    """IP-Adapters with their image encoder; each reads one image prompt of a row."""
 
     uri: Uris
-    """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model; a
-    list for several, whose changes add up, and each row then has an image for each, in this order."""
+    """Its safetensors file, or the folder or repository that holds it: a path, or an address like that of a model. A
+    list loads several adapters, whose effects add up; each row then has one image for each, in this order."""
     image_encoder: str | None = Field(default=None, min_length=1)
-    """The file or folder of its vision tower; the folder `image_encoder` beside it if null."""
+    """The file or folder of its image encoder; the folder `image_encoder` beside it if null."""
     scale: Scales = 1.0
-    """The weight of every image, beside the row's own; a list has one for each of several."""
+    """The weight of every image; it is multiplied with the row's own. A list has one weight for each adapter."""
 
     @property
     def uris(self) -> tuple[str, ...]:
-        """The address of each."""
+        """The address of each adapter."""
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
     @model_validator(mode="after")
@@ -66,18 +66,18 @@ def _check_no_secrets(uris: Iterable[str], image_encoder: str | None) -> None:
 
 
 class ControlNetConfig(Section):
-    """A ControlNet, which reads a control image of each row."""
+    """A ControlNet, which reads one control image of each row."""
 
     uri: str = Field(min_length=1)
     """A safetensors or GGUF file, or its folder or repository: a path, or an address like that of a model."""
     scale: float = 1.0
-    """Strength of the net: its residuals are multiplied with it; 0 is none."""
+    """Strength of the net: its residuals are multiplied with it; 0 turns it off."""
     start: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps after which the net counts; less than `end`."""
+    """The net is used from this share of the steps on; less than `end`."""
     end: float = Field(default=1.0, gt=0, le=1)
-    """Share of the steps until which it counts."""
+    """The net is used up to this share of the steps."""
     mode: int | None = Field(default=None, ge=0)
-    """The kind of control image, of a union net alone: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey, 6 low
+    """The kind of control image, for a union net only: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey, 6 low
     quality."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The import of somebody's own code, which a job file names as `module:factory`."""
+"""The import of user code that a job file names as `module:factory`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*
 
 
 def imported(text: str, folder: str, product: str) -> Callable[..., Any]:
-    """Import what `module:factory` names; its module is looked for in `folder`, too.
+    """Import the callable named by `module:factory`; its module may also lie in `folder`.
 
-    product: what it makes, for messages. Raises: JobError if there is no such module, or nothing in it to call.
+    product: the noun for the result of the factory, for messages. Raises: JobError if the module or the name cannot be
+    imported, or is not callable.
     """
     module, _, path = text.partition(":")
     if folder and folder not in sys.path and os.path.isdir(folder):
@@ -29,7 +30,7 @@ def imported(text: str, folder: str, product: str) -> Callable[..., Any]:
             found = getattr(found, name)
     except (ImportError, AttributeError) as error:
         raise JobError(f"{text}: cannot be imported: {one_line(error)}") from error
-    except Exception as error:  # whatever somebody's module raises
+    except Exception as error:  # a user's module may raise anything
         raise JobError(f"{text}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     if not callable(found):
         raise JobError(f"{text}: must be a class or a function that returns {product}")
@@ -41,12 +42,12 @@ def check_options(
 ) -> None:
     """Raise JobError unless a factory takes these options.
 
-    first: the names of its first arguments; given: arguments that it gets besides. name: who is called, for messages.
-    hint: how an option is set.
+    first: the names of its first arguments. given: further arguments of the call. name: the name of the factory, for
+    messages. hint: how to set an option, for messages.
     """
     try:
         signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # of C code
+    except (TypeError, ValueError):  # C code has no signature
         return
     try:
         signature.bind(*first, **given, **options)

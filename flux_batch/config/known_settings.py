@@ -1,4 +1,4 @@
-"""The settings of a job that a pipeline must know: those that are not as they are by default."""
+"""The check that a pipeline knows every changed setting of a job."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flux_batch.errors import InvalidSetting, JobError, did_you_mean
 from flux_batch.records import IMAGE_COLUMNS, WEIGHTED_COLUMNS
 from flux_batch.sampling_params import SAMPLING_FIELDS
 
-# Keys of `sampling` and `model` that are no business of a pipeline, or that every pipeline must know.
+# Keys of `sampling` and `model` that do not concern a pipeline, or that every pipeline must know.
 _OF_EVERY_PIPELINE = frozenset(
     {
         *("width", "height", "seed", "num_images_per_prompt", "size_from_reference"),
         *("uri", "storage_options", "refresh", "dtype", "pipeline", "pipeline_options"),
     }
 )
-# Those of the call beside fields of an image, and those that are read from the section `model`.
+# Arguments of the call besides the sampling fields, and keys of the section `model`.
 _OF_CALL = (
     "tiled",
     "tile_size",
@@ -40,7 +40,7 @@ _OF_MODEL = (
     "redux",
     "ip_adapter",
 )
-# What a pipeline may declare.
+# All settings that a pipeline may declare.
 _SETTINGS = (
     *(name for name in SAMPLING_FIELDS if name not in _OF_EVERY_PIPELINE),
     *(*IMAGE_COLUMNS, *_OF_CALL, *_OF_MODEL),
@@ -60,9 +60,9 @@ def check_settings(config: JobConfig, known: Collection[str] | None) -> None:
 
 
 def declared_settings(pipeline: Any) -> Collection[str] | None:
-    """Return the `settings` of a pipeline, or of its class before there is one; None if they are not known yet.
+    """Return the `settings` of a pipeline or its class; None if it declares none.
 
-    Raises: JobError for a name that is no setting.
+    Raises: JobError for a name that is not a setting.
     """
     declared = getattr(pipeline, "settings", None)
     if not isinstance(declared, (set, frozenset, list, tuple)):
@@ -70,12 +70,12 @@ def declared_settings(pipeline: Any) -> Collection[str] | None:
     for name in declared:
         if name not in _SETTINGS:
             hint = did_you_mean(str(name), _SETTINGS) or f"; there are {', '.join(_SETTINGS)}"
-            raise JobError(f"settings of the pipeline: {name!r} is no setting of a job{hint}")
+            raise JobError(f"settings of the pipeline: {name!r} is not a setting of a job{hint}")
     return frozenset(declared)
 
 
 def known_words(known: Collection[str]) -> str:
-    """Return the end of a message: what a pipeline knows."""
+    """Return the end of a message that lists the settings a pipeline knows."""
     return f"; leave it out; it knows {', '.join(sorted({*known, 'width', 'height'}))}"
 
 

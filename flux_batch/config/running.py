@@ -1,4 +1,4 @@
-"""The sections of the job file on how to run: what is good enough, on which workers, and what may fail."""
+"""The sections of the job file on how to run: quality, workers and failures."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ _SCORER_MODELS = {"clip": CLIP_MODEL, "aesthetic": CLIP_MODEL, "safety": SAFETY_
 
 
 class QualityConfig(Section):
-    """A score that images should reach, and further tries for those that do not."""
+    """A score that images should reach, and further tries for images below it."""
 
     score: str = Field(min_length=1)
-    """The judge of an image: a built-in annotator, `NAME.COLUMN` if not by its first column; or `module:factory`."""
+    """The scorer: a built-in annotator, as `NAME` for its first column or `NAME.COLUMN`; or `module:factory`."""
     at_least: float
-    """The least score of an image that is accepted."""
+    """The lowest score that is accepted."""
     max_tries: int = Field(default=4, ge=1, le=100)
-    """Tries of an image at most; each further one has a seed derived from that of the first."""
+    """The most tries of an image; the seeds of further tries are derived from the first."""
     keep: Literal["first", "best"] = "first"
-    """`first` keeps the first image that is accepted, or else the best; `best` makes all tries and keeps the best."""
+    """`first` keeps the first accepted image, or the best if none is accepted; `best` makes all tries and keeps the
+    best."""
     otherwise: Literal["keep", "fail"] = "keep"
-    """The end of an image that no try made good: it is kept with `accepted` false, or it is a failed row."""
+    """If no try is accepted: `keep` keeps the image with `accepted` false, `fail` makes it a failed row."""
     options: dict[str, Any] = Field(default={})
     """Options of the annotator."""
     accept_rate: float | None = Field(default=None, gt=0, le=1)
-    """Share of images that one try makes good, for the figures of `flux-batch plan`; null counts `max_tries`."""
+    """The expected share of accepted tries, for the estimates of `flux-batch plan`; null assumes `max_tries` for each
+    image."""
 
     @property
     def model_uri(self) -> str | None:
-        """The address of the model that a built-in annotator judges with; None if it has none."""
+        """The address of the model of a built-in annotator; None if it has none."""
         default = _SCORER_MODELS.get(self.score.partition(".")[0])
         return str(self.options.get("model", default)) if default else None
 
     @property
     def expected_tries(self) -> float:
-        """The tries of an image on average, if a try is good by `accept_rate`."""
+        """The average number of tries of an image, by `accept_rate`."""
         if self.keep == "best" or self.accept_rate is None:
             return float(self.max_tries)
         return (1 - (1 - self.accept_rate) ** self.max_tries) / self.accept_rate
@@ -52,19 +54,19 @@ class WorkersConfig(Section):
     """The number of workers, and the devices and batch size of each."""
 
     min: int = Field(default=1, ge=1)
-    """The run counts as stuck, and says so, while fewer workers than this are up."""
+    """While fewer workers than this are up, the run counts as stuck and logs it."""
     max: int = Field(default=8, ge=1)
     """The most workers at a time."""
     num_gpus: float = Field(default=1, ge=0)
-    """GPUs of each worker; 0 computes on the CPU. Where there should be one and is none, a small model runs on the CPU
-    with a line that says so, and a large one is refused; one that does not start counts as lost."""
+    """GPUs of each worker; 0 computes on the CPU. On a machine without a GPU, a small model runs on the CPU with a
+    warning, and a large one is refused; a GPU that does not start counts as lost."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs of each worker."""
     batch_size: BatchSize = 4
     """Images in one forward pass; `auto` measures it when the run starts and remembers it with the run."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
-    """GPU-hours that workers may take, over all invocations; a worker without a GPU counts as one. A run that reaches
-    it stops in order, with 75; started again without a higher limit, it ends with 2."""
+    """GPU-hours that workers may use, over all invocations; a worker without GPUs counts as one GPU. A run that reaches
+    the limit stops cleanly with exit code 75; started again without a higher limit, it exits with 2."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkersConfig:
@@ -76,20 +78,20 @@ class WorkersConfig(Section):
 
 
 class FailuresConfig(Section):
-    """Limits of failures, retries and waiting."""
+    """Limits for failures, retries and waiting."""
 
     max_ratio: float = Field(default=0.01, ge=0, le=1)
     """Share of images that may fail before the finished run exits with 3."""
     max_attempts: int = Field(default=3, ge=1)
-    """Tries of a shard that ends in an error; the loss of a worker does not count."""
+    """Attempts at a shard that fails with an error; the loss of a worker does not count."""
     hang_s: float = Field(default=900, gt=0)
     """Seconds without a sign of life after which a worker is killed and replaced."""
     load_hang_s: float = Field(default=3600, gt=0)
     """Seconds without a sign of life, such as bytes of a download, after which a worker that is loading its model is
     killed. It counts as a worker that could not start."""
     drain_s: float = Field(default=25, ge=0)
-    """Seconds that a stopped run has to finish or put aside what is being made."""
+    """Seconds that a stopped run has to finish or save the images in progress."""
     outage_s: float = Field(default=1800, ge=0)
-    """Seconds that a run waits for a failing storage before it gives up for now."""
+    """Seconds that a run waits for an unavailable storage before it gives up; it can be resumed later."""
     lease_ttl_s: float = Field(default=60, ge=1)
-    """Seconds that the driver may be out of touch before another one may go on with the run."""
+    """Seconds without a renewal of the driver's lease after which another driver may take over the run."""

@@ -1,6 +1,6 @@
-"""The job file: one frozen, validated tree; what to make apart from how to run.
+"""The job file as one frozen, validated tree; what to make is separate from how to run.
 
-Knows names, ranges and defaults; opens nothing but the text it is given.
+This module knows names, ranges and defaults, and opens no file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
-# Keys of `model` that change pixels. `compile` is one: fused kernels round differently.
+# Keys of `model` that change pixels. `compile` does, because fused kernels round differently.
 _MODEL_IDENTITY = (
     *("uri", "pipeline", "pipeline_options", "variant", "dtype", "quantization", "step_cache", "compile"),
     *("loras", "controlnets", "redux", "ip_adapter"),
@@ -46,7 +46,7 @@ _MODEL_IDENTITY = (
 _QUALITY_IDENTITY = ("score", "at_least", "max_tries", "keep", "otherwise", "options")
 # The columns that `quality` adds to the metadata.
 QUALITY_COLUMNS = ("tries", "score", "accepted")
-# The column that `output.sources` adds to it.
+# The column that `output.sources` adds to the metadata.
 SOURCE_COLUMNS = ("source_sha256",)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _NO_PROMPTS = "must name at least one file, folder or glob"
@@ -54,7 +54,7 @@ _PROMPTS_IDENTITY = (
     *("columns", "passthrough", "rows", "samplers", "template", "wildcards", "design", "limit", "allow_http"),
 )
 _STORAGE_OPTIONS = {section: {"storage_options"} for section in ("prompts", "output", "model")}
-# The columns of a data set that a job understands, by our names.
+# The columns of a data set that a job understands, with our names.
 PROMPT_FIELDS = (
     *("prompt", "id", "seed", "num_images_per_prompt", "lora", "lora_scale"),
     *(*IMAGE_COLUMNS, *(f"{name}_scale" for name in WEIGHTED_COLUMNS), *SAMPLING_FIELDS),
@@ -62,7 +62,7 @@ PROMPT_FIELDS = (
 
 
 def _with_aliases(values: Any) -> Any:
-    """Return a mapping with the diffusers spellings renamed to ours. Raises: InvalidSetting for both at once."""
+    """Return a mapping with diffusers' spellings renamed to ours. Raises: InvalidSetting if both are given."""
     if not isinstance(values, Mapping):
         return values
     renamed: dict[str, Any] = {}
@@ -79,33 +79,35 @@ _Columns = Annotated[dict[str, str], BeforeValidator(_with_aliases)]
 
 
 class PromptsConfig(Section):
-    """The prompts: their files and the meaning of their columns."""
+    """The prompts: their files, and the meaning of their columns."""
 
     uri: PromptUris = ()
-    """A file, folder, glob or list of them, in any format that the page of job files lists; or `demo`, the packaged
+    """A file, folder, glob or list of them, in any format listed on the page of job files; or `demo`, the packaged
     prompts."""
     columns: _Columns = Field(default={})
     """Our field: your column, e.g. `{prompt: caption, id: uid}`."""
     passthrough: _Names = ()
     """Columns to copy into the metadata."""
     rows: int | None = Field(default=None, ge=1)
-    """Rows to make without files, from `samplers` and `template`; instead of `uri`."""
+    """The number of rows to make from `samplers` and `template`, without files; instead of `uri`."""
     samplers: dict[str, Any] = Field(default={})
     """Columns to draw for each row, e.g. `{animal: [cat, dog]}`; they are copied into the metadata."""
     template: Template = None
-    """The prompt of each row, made of its columns: `A {{ animal }}`; or a mapping, with a template for each of several
-    fields of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
+    """The prompt of each row, made from its columns: `A {{ animal }}`; or a mapping with templates for several fields
+    of a row: `{prompt: "A {{ animal }}", width: "{{ 2 * height }}"}`."""
     wildcards: Wildcards = False
-    """Draw choices such as `{red|blue}` in prompts; a folder of text files adds `__animal__`, a line of its
-    `animal.txt`."""
+    """Draw choices such as `{red|blue}` in prompts. A folder of text files adds wildcards: `__animal__` is replaced by
+    a line of `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"
-    """The way `rows` are drawn: each by itself, all combinations in turn, or with the shares of the weights."""
+    """How `rows` are drawn: `random` draws each row by itself, `grid` makes all combinations in turn, `balanced` draws
+    values as close to the shares of their weights as possible."""
     limit: int | None = Field(default=None, ge=1)
-    """Take only this many rows, from the start; all if null."""
+    """Use only this many rows, from the start; all if null."""
     allow_http: bool = False
-    """Whether rows may name images on the public web."""
+    """Allow rows to name images on the public web."""
     input_image_root: str | None = Field(default=None, min_length=1)
-    """A folder or bucket prefix whose images rows may name in full, besides those next to the prompts."""
+    """A folder or bucket prefix: rows may name images in it by their full path or address, besides images next to the
+    prompts."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     """Options of fsspec for the prompts, e.g. `endpoint_url` for an S3-compatible store."""
 
@@ -118,12 +120,12 @@ class PromptsConfig(Section):
 
     @property
     def metadata_columns(self) -> tuple[str, ...]:
-        """The columns that are copied into the metadata."""
+        """The names of the columns that are copied into the metadata."""
         return (*self.passthrough, *(name for name in self.samplers if name not in self.passthrough))
 
     @property
     def templates(self) -> Mapping[str, str]:
-        """The templates by the field that each makes."""
+        """The templates, by the field that each makes."""
         if isinstance(self.template, str):
             return {"prompt": self.template}
         return self.template or {}
@@ -137,8 +139,8 @@ class PromptsConfig(Section):
                 raise InvalidSetting(f"template: {name!r} is not a field of a prompt{hint}", field="template")
             if name != "prompt" and column in self.metadata_columns:
                 raise InvalidSetting(
-                    f"template: {name} is copied from column {column!r} by samplers or passthrough already; leave one "
-                    "of them out, or call the sampler otherwise",
+                    f"template: column {column!r} of {name} already comes from samplers or passthrough; leave one of "
+                    "them out, or rename the sampler",
                     field="template",
                 )
         return self
@@ -180,7 +182,7 @@ class PromptsConfig(Section):
 
 
 def source_name(number: int) -> str:
-    """Return the name of a source image of an image: source, source_1 and so on."""
+    """Return the name of an image's source image: source, source_1 and so on."""
     return f"source_{number}" if number else "source"
 
 
@@ -197,21 +199,21 @@ class OutputConfig(Section):
     """The output: its folder, its format, its encoding."""
 
     uri: str = Field(min_length=1)
-    """The bucket prefix of this run, or its folder, which all nodes of a cluster share."""
+    """The bucket prefix of this run, or its folder on a disk that all nodes of a cluster share."""
     format: Literal["webdataset", "files", "parquet"] = "webdataset"
     """The layout of the data set: tars, folders of images, or Parquet."""
     image: ImageConfig = ImageConfig()
     shard_size: int = Field(default=256, ge=1, le=9999)
     """Prompts in a shard, which is the unit of work, retry and commit."""
     sources: int = Field(default=0, ge=0, le=16)
-    """Images to write beside each image as `source`, for pairs of an edit: so many reference images, or 1 for the input
-    image, as the model reads them. A row with another number fails."""
+    """The number of source images to write beside each image, as training pairs for editing: the reference images of
+    the row, or its input image, as the model reads them. A row with another number of them fails."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     """Options of fsspec for the output."""
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names of the source images of an image."""
+        """The names of an image's source images."""
         return tuple(map(source_name, range(self.sources)))
 
     @model_validator(mode="after")
@@ -226,7 +228,7 @@ class LoraConfig(Section):
     uri: str = Field(min_length=1)
     """A safetensors file: a path, or an address like that of a model."""
     scale: float = 1.0
-    """Strength of the LoRA; 0 is none."""
+    """Strength of the LoRA; 0 turns it off."""
     name: str = ""
     """The name that rows use in their `lora` column; the uri without its query if left out."""
 
@@ -246,41 +248,43 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The model's weights and its arithmetic."""
+    """The model: its weights, and how it computes."""
 
     uri: str = Field(min_length=1)
     """A FLUX.1 model: a folder, a file, an address of fsspec, a repository of Hugging Face, or `demo`."""
     storage_options: dict[str, Any] = Field(default={}, repr=False)
-    """Options of fsspec for the model and what is loaded beside it; web addresses have none of a bucket's."""
+    """Options of fsspec for the model and the other weights of this section; options of a bucket do not apply to web
+    addresses."""
     refresh: bool = False
-    """Ask the remote whether the model has changed before the copy on a node is used; and what is loaded beside it."""
+    """Before a node's copy of the model or the other weights is used, ask the remote whether they have changed."""
     pipeline: str | None = Field(default=None, pattern=FACTORY.pattern)
-    """`module:factory` of a pipeline for another model, which makes the images; FLUX.1 if null."""
+    """`module:factory` of a pipeline that makes the images with another model; FLUX.1 if null."""
     pipeline_options: dict[str, Any] = Field(default={})
     """Options of that factory."""
     variant: Literal["auto", "dev", "schnell", "krea", "kontext", "fill", "canny", "depth"] = "auto"
-    """The variant of FLUX.1, where neither the weights nor the names of their file and folder tell it."""
+    """The variant of FLUX.1, needed if neither the weights nor the names of their file and folder tell it."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """`auto` is what the device computes natively: the run's first worker writes it down, all others keep to it."""
+    """`auto` is the dtype that the device computes natively: the run's first worker records it, and all others use
+    it."""
     quantization: Quantization = "none"
-    """`fp8` halves the memory of bfloat16; `fp8_matmul` multiplies in fp8 too, on Ada, Hopper or later GPUs; `bfloat16`
-    halves that of float32, widened for each product, which `auto` takes on a CPU short of memory."""
+    """`fp8` halves the memory of bfloat16 weights; `fp8_matmul` also multiplies in fp8, on Ada, Hopper or later GPUs;
+    `bfloat16` halves the memory of float32 weights, and dtype `auto` chooses it on a CPU with too little memory."""
     step_cache: float = 0.0
-    """Reuse most of a step that differs from the last computed one by less than this share, up to 1; 0 is off."""
+    """Reuse the last computed step for a step that differs from it by less than this share, up to 1; 0 is off."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the model's blocks with torch.compile: faster images after a slower start. `auto` does so on a GPU."""
     cuda_graphs: bool = False
-    """Launch each step of the transformer in one piece: for small images on a GPU; not with `step_cache`."""
+    """Run each step of the transformer as one CUDA graph: faster for small images; not with `step_cache`."""
     offload_text_encoders: bool = False
     """Keep the text encoders in host memory while no texts are encoded; the images stay the same."""
     loras: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = ()
-    """LoRAs for every row that names none; several add up."""
+    """LoRAs for every row that names none; the effects of several add up."""
     controlnets: Annotated[tuple[ControlNetConfig, ...], Field(strict=False)] = ()
     """ControlNets, whose residuals add up; each reads one image of a row's `control_image`, in this order."""
     redux: ReduxConfig | None = None
-    """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens behind those of its text."""
+    """FLUX.1-Redux, which turns the `image_prompt` of a row into tokens after its text tokens."""
     ip_adapter: IPAdapterConfig | None = None
-    """An IP-Adapter of XLabs, which lets the image attend to the `image_prompt` of a row; or several."""
+    """One or several IP-Adapters of XLabs, which let the image attend to the `image_prompt` of a row."""
 
     @field_validator("pipeline", mode="before")
     @classmethod
@@ -316,7 +320,7 @@ class ModelConfig(Section):
             )
         check_no_secret(self.uri, "uri", "model")
         if self.pipeline_options and self.pipeline is None:
-            raise InvalidSetting("pipeline_options: are for a pipeline, and there is none", field="pipeline_options")
+            raise InvalidSetting("pipeline_options: need pipeline, which is not set", field="pipeline_options")
         for lora in self.loras:
             if sum(lora.name == other.name for other in self.loras) > 1:
                 raise InvalidSetting(f"loras name {lora.name!r} twice: give each a name of its own", field="loras")
@@ -324,7 +328,7 @@ class ModelConfig(Section):
 
 
 class SamplingConfig(Section, SamplingParams, frozen=True):
-    """Defaults of every prompt; a row may override each by a column of that name."""
+    """Defaults of every prompt; a row may override most of them by a column of the same name."""
 
     embedded_guidance: float | None = None  # type: ignore[assignment]
     """The guidance that the model was distilled with, at least 0; the model's own if null: 3.5; 30 for Fill and Canny,
@@ -334,19 +338,19 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
     tiled: bool = False
     """Run the autoencoder in tiles: less memory, and images that differ a little. For all rows."""
     paste_back: bool = True
-    """Keep the pixels of the input image, bit for bit, where a mask does not repaint. For all rows."""
+    """Keep the input image's pixels exactly where a mask does not repaint. For all rows."""
     resize_references: bool = True
-    """Bring reference images to the nearest size that Kontext was trained with, about a megapixel. For all rows."""
+    """Resize reference images to the nearest size of Kontext's training, about a megapixel. For all rows."""
     size_from_reference: bool = True
-    """Make a row with reference images and no size of its own as large as the first of them. For all rows."""
+    """Take the size of a row without a size of its own from its first reference image. For all rows."""
     tile_size: int = 128
     """Side of a tile, from 16: in latents when decoding, in pixels when encoding. For all rows."""
     tile_stride: int = 64
-    """Distance of two tiles, at most `tile_size`. For all rows."""
+    """Distance between the starts of two tiles, at most `tile_size`. For all rows."""
     num_images_per_prompt: int = Field(default=1, ge=1, le=1000)
-    """Images of each prompt."""
+    """Images per prompt."""
     seed: Seed = Field(default=0, ge=0, lt=MAX_SEED)
-    """Seed of the run; an image derives its own from it if its row has none."""
+    """Seed of the run; the seeds of rows without one are derived from it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -360,17 +364,17 @@ class SamplingConfig(Section, SamplingParams, frozen=True):
         return self
 
     def params(self) -> SamplingParams:
-        """Return the defaults of an image as the rows and the pipeline take them."""
+        """Return the defaults of an image as SamplingParams, for rows and the pipeline."""
         values = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
     @property
     def guidance_text(self) -> str:
-        """The embedded guidance for people to read."""
+        """The embedded guidance as text for people."""
         return "that of the model" if self.embedded_guidance is None else f"{self.embedded_guidance:g}"
 
     def for_model(self, guidance: float) -> SamplingConfig:
-        """Return the same for a model whose own guidance is this."""
+        """Return this section with a model's own guidance as the default."""
         return self if self.embedded_guidance is not None else self.model_copy(update={"embedded_guidance": guidance})
 
 
@@ -378,8 +382,8 @@ class JobConfig(Section):
     """A whole job file."""
 
     name: str = Field(default="flux-batch", pattern=_NAME)
-    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`. It begins
-    with a letter or digit."""
+    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`, the first a letter
+    or digit."""
     prompts: PromptsConfig
     output: OutputConfig
     model: ModelConfig
@@ -401,7 +405,7 @@ class JobConfig(Section):
         if uri.startswith(("http://", "https://")) and not self.prompts.allow_http:
             raise InvalidSetting(f"{field} is on the web: set prompts.allow_http to true", field=field)
         if re.match("[^/]*://[^/]*@", uri):
-            raise InvalidSetting(f"{field} holds a user name or password, which would be written down", field=field)
+            raise InvalidSetting(f"{field} holds a user name or password, which would be stored", field=field)
         return self
 
     @model_validator(mode="after")
@@ -409,28 +413,28 @@ class JobConfig(Section):
         taken = [name for name in self.prompts.metadata_columns if name in QUALITY_COLUMNS]
         if self.quality and taken:
             raise InvalidSetting(
-                f"quality: adds the column {taken[0]!r} to the metadata, which is a column of the prompts too; rename "
-                "that one",
+                f"quality: adds the column {taken[0]!r} to the metadata, which is also a column of the prompts; rename "
+                "the latter",
                 field="quality",
             )
         written = {*self.output.source_names, *(SOURCE_COLUMNS if self.output.sources else ())}
         if taken := [name for name in self.prompts.metadata_columns if name in written]:
             raise InvalidSetting(
-                f"output.sources: writes the column {taken[0]!r}, which is a column of the prompts too; rename that "
-                "one",
+                f"output.sources: writes the column {taken[0]!r}, which is also a column of the prompts; rename the "
+                "latter",
                 field="output",
             )
         return self
 
     @classmethod
     def from_yaml(cls, text: str, origin: str = "job file", overrides: Iterable[str] = ()) -> JobConfig:
-        """Return the job of a YAML text, without filling in dates; `overrides`: see read_tree."""
+        """Return the job in a YAML text, without filling in dates; `overrides`: see read_tree."""
         overrides = tuple(overrides)
         return cls.from_dict(read_tree(text, origin, overrides), origin=origin, set_keys=overridden(overrides))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], *, origin: str = "job", set_keys: Collection[str] = ()) -> JobConfig:
-        """Return the job of a tree of plain values; `set_keys` are those that `--set` has set. Raises: JobError.
+        """Return the job in a tree of plain values; `set_keys` are the keys that `--set` has set. Raises: JobError.
 
         >>> job = {"prompts": {"uri": "prompts.csv"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
         >>> JobConfig.from_dict(job).sampling.num_inference_steps
@@ -445,16 +449,16 @@ class JobConfig(Section):
             raise JobError("\n".join(explain(error, JobConfig, origin, set_keys))) from error
 
     def to_yaml(self) -> str:
-        """Return the whole tree as YAML, with every default spelled out and every secret redacted."""
+        """Return the whole tree as YAML, with every default written out and every secret redacted."""
         tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         for section in _STORAGE_OPTIONS:
             tree[section]["storage_options"] = redact(getattr(self, section).storage_options)
         return to_yaml(tree)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that change images, keys or files, by dotted key; a resumed run must agree on all.
+        """Return the settings that change images, keys or files, by dotted key; a resumed run must have the same.
 
-        The addresses of prompts and output and the number of workers are not among them.
+        The addresses of prompts and output and the number of workers do not belong to them.
         """
         tree = public_tree(self.model_dump(mode="json", exclude=_STORAGE_OPTIONS))
         parts = {

@@ -1,4 +1,4 @@
-"""A section of the job file: frozen, exact, without unknown keys or secrets in addresses."""
+"""The base of the job file's sections: frozen, exact types, no unknown keys, no secrets in addresses."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def check_no_secret(uri: str, field: str, section: str) -> None:
     """Raise InvalidSetting for a URI with a user name or password."""
     if re.match("[^/]*://[^/]*@", uri):
         raise InvalidSetting(
-            f"{field} holds a user name or password, which would be written down: use {section}.storage_options",
+            f"{field} holds a user name or password, which would be stored: use {section}.storage_options",
             field=field,
         )

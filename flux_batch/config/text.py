@@ -1,4 +1,7 @@
-"""The text of a job file: YAML, overrides, the date of a scheduled run, and errors in our words; knows no setting."""
+"""The text of a job file: YAML, overrides, the date of a scheduled run, and readable errors.
+
+This module knows no setting.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from flux_batch.errors import InvalidSetting, JobError, did_you_mean, one_line
 from flux_batch.sampling_params import ALIASES
 
 _MAX_MERGES = 100
-# No colons: they mean something in addresses, and in the file names of some systems.
+# Without colons, which have a meaning in addresses and in the file names of some systems.
 _DATE_FORMATS = {"{day}": "%Y%m%d", "{date}": "%Y-%m-%d", "{datetime}": "%Y-%m-%dT%H-%M-%S"}
 _DATE = re.compile("|".join(map(re.escape, _DATE_FORMATS)))
-# What looks like one of them, in values that have no braces of their own.
+# Any placeholder, also a misspelled one, in values that contain no other braces.
 _PLACEHOLDER = re.compile(r"\{[^{}/]*\}")
-# What pydantic calls them, and this project.
+# Pydantic's error types, and the words of our messages.
 _KINDS = {
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
@@ -37,7 +40,7 @@ _LIMITS = {
     "less_than": "less than",
 }
 _MERGE = "tag:yaml.org,2002:merge"
-# The numbers of YAML 1.2's core schema, but that hexadecimal and octal ones are texts.
+# The numbers of YAML 1.2's core schema, except that hexadecimal and octal numbers are texts.
 _NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"),
     "tag:yaml.org,2002:float": re.compile(
@@ -48,18 +51,18 @@ _NUMBERS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without double keys, with few merge keys and YAML 1.2's numbers.
+    """PyYAML's safe loader with YAML 1.2's numbers; refuses duplicate keys and too many merges.
 
-    YAML 1.1 takes 0123 for 83, 12:30:45 for 45045 and 1e-2 for a text.
+    YAML 1.1 reads 0123 as 83, 12:30:45 as 45045 and 1e-2 as a text.
     """
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        """Return the text of a scalar; the halves of a character, as JSON escapes it, are joined."""
+        """Return the text of a scalar, with surrogate pairs of JSON escapes joined into characters."""
         text: str = super().construct_scalar(node)
         return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the next mapping. Raises: ConstructorError for a key that stands twice in it; merges may override."""
+        """Return the next mapping. Raises: ConstructorError for a duplicate key; merged keys may be overridden."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -72,13 +75,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve the merge keys of a mapping. Raises: ConstructorError if there are too many, or one names no mapping.
+        """Resolve the merge keys of a mapping. Raises: ConstructorError for too many, or one that names no mapping.
 
-        Each key is kept once, so that merges of merges do not grow. PyYAML 6.0.4 keeps another one of two than 6.0.3.
+        Each key is kept once, so that nested merges do not grow. Of two equal keys, PyYAML 6.0.4 keeps a different one
+        than 6.0.3, so the choice is made here.
         """
         merges = [value for key, value in node.value if key.tag == _MERGE]
         node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
-        # The first of a sequence is the strongest, and the mapping's own keys are stronger.
+        # The first mapping of a sequence wins over later ones; the mapping's own keys win over all.
         sources = [each for value in merges for each in _merged(value)]
         if len(sources) > _MAX_MERGES:
             raise ConstructorError(None, None, "too many `<<` merges", node.start_mark)
@@ -93,17 +97,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def _merged(value: yaml.Node) -> list[yaml.Node]:
-    """Return the nodes that a merge key names, the strongest last."""
+    """Return the nodes that a merge key names; the last one wins."""
     return list(reversed(value.value)) if isinstance(value, yaml.SequenceNode) else [value]
 
 
 def _identity(key: yaml.Node) -> object:
-    """Return what is the same for two keys that are equal."""
+    """Return a value that is the same for equal keys."""
     return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def load_yaml(text: str, origin: str) -> Any:
-    """Return YAML as plain values. Raises: JobError, which quotes none of the text: it may be a secret."""
+    """Return YAML as plain values. Raises: JobError, which does not quote the text: it may hold secrets."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -111,8 +115,8 @@ def load_yaml(text: str, origin: str) -> Any:
         problem = _unquoted(error.problem or "")
         is_layout = any(sign in problem for sign in ("<block", "mapping values", "token"))
         hint = "; compare the indentation, colons and quotes of this line with the one before" if is_layout else ""
-        if "alphabetic or numeric character" in problem:  # of an alias or an anchor
-            hint = "; a text that begins with * or & stands in quotes"
+        if "alphabetic or numeric character" in problem:  # expected by PyYAML after * or &
+            hint = "; quote a text that begins with * or &"
         raise JobError(f"{origin}: {line}not valid YAML: {problem}{hint}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML passes on errors of Python for `2026-13-01`, `!!int x` and the like.
@@ -120,7 +124,7 @@ def load_yaml(text: str, origin: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what is a number for either version of YAML."""
+    """PyYAML's safe dumper; quotes texts that YAML 1.1 or 1.2 reads as numbers."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -163,15 +167,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         below = tree.get(section)
         if not isinstance(below, dict | None):
             raise JobError(f"--set {path}: {section} is not a section")
-        tree[section] = dict(below or {})  # a copy: by an alias of YAML, another section may be the very same
+        tree[section] = dict(below or {})  # a copy: through a YAML alias, another section may be the same object
         tree = tree[section]
     tree[key] = value
 
 
 def _read_pair(pair: str, option: str, form: str = "KEY=VALUE", *, shown: str = "") -> tuple[str, Any]:
-    """Read a key and a YAML value from what follows `option` on the command line.
+    """Read a key and a YAML value from the argument of a command line option.
 
-    Raises: JobError that quotes only `shown` of a pair without a value, since the rest may be a secret.
+    Raises: JobError, which quotes only `shown` of a pair without a value, since the rest may be a secret.
     """
     key, separator, value = pair.partition("=")
     if not separator or not key.strip():
@@ -185,16 +189,16 @@ def read_pairs(pairs: Iterable[str], option: str) -> dict[str, Any]:
 
 
 def parse_moment(text: str) -> datetime:
-    """Return a logical date: 2026-11-23, or with a time, as schedulers write it, 2026-11-23T02:00:00+00:00."""
+    """Return a logical date, e.g. 2026-11-23, or with a time, 2026-11-23T02:00:00+00:00."""
     if not text.strip():
         raise JobError(
-            "--logical-date is empty: what should have printed the day failed, as jobs/scheduled_date.py in $( ) does "
-            "without a scheduled name; its own message stands above"
+            "--logical-date is empty: the command that should print the day failed, as jobs/scheduled_date.py in $( ) "
+            "does without a scheduled name; its own message is printed above"
         )
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise JobError(f"--logical-date {text!r}: must be a date, as 2026-11-23, or also a time, in ISO 8601") from None
+        raise JobError(f"--logical-date {text!r}: must be a date or a time in ISO 8601, e.g. 2026-11-23") from None
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
     It is never today's date: a retry after midnight must continue the run that it retries.
     Raises: JobError if a text has `{date}` and there is no logical date.
     """
-    known: dict[int, Any] = {}  # with aliases, a tree can be far larger than its text, or endless
+    known: dict[int, Any] = {}  # with YAML aliases, a tree can be far larger than its text, or cyclic
 
     def filled(value: Any, path: str) -> Any:
         if id(value) in known:
@@ -221,7 +225,7 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
             return value
         if moment is None:
             where = f"{origin}: {path.removeprefix('.')}"
-            raise JobError(f"{where} asks for the date of the run: say which with --logical-date, e.g. 2026-11-23")
+            raise JobError(f"{where} needs the date of the run: set it with --logical-date, e.g. 2026-11-23")
         return _DATE.sub(lambda found: moment.strftime(_DATE_FORMATS[found[0]]), value)
 
     dated: dict[str, Any] = filled(tree, "")
@@ -230,26 +234,26 @@ def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) ->
 
 
 def _check_placeholders(tree: dict[str, Any], origin: str) -> None:
-    """Raise JobError for a name or an output that has braces left."""
+    """Raise JobError for an unknown placeholder in `name` or `output.uri`."""
     output = tree.get("output")
     values = {"name": tree.get("name"), "output.uri": output.get("uri") if isinstance(output, dict) else None}
     for key, value in values.items():
         if isinstance(value, str) and (found := _PLACEHOLDER.search(value)):
             near = did_you_mean(found[0].replace(" ", "").lower(), _DATE_FORMATS)
             hint = near or f"; there are {', '.join(_DATE_FORMATS)}"
-            raise JobError(f"{origin}: {key}: {found[0]} is no placeholder{hint}")
+            raise JobError(f"{origin}: {key}: {found[0]} is not a placeholder{hint}")
 
 
 def nearest_or_all(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence that suggests the nearest name, or lists all."""
+    """Return the end of a sentence that suggests the nearest name, or lists all names."""
     known = list(known)
     return did_you_mean(name, [*known, *ALIASES]) or f"; known are {', '.join(known)}"
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str, set_keys: Iterable[str] = ()) -> list[str]:
-    """Return one line for each of pydantic's errors: dotted key, wrong value, what would be right.
+    """Return one line per pydantic error: dotted key, wrong value, what would be right.
 
-    Each begins with `origin`, or with `--set` if it is about one of `set_keys`.
+    Each line begins with `origin`, or with `--set` if it is about one of `set_keys`.
     """
     lines = _lines_of(error, model)
     return [f"{'--set' if _is_of(line, set_keys) else f'{origin}:'} {line}" for line in lines]
@@ -257,7 +261,7 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str, set_key
 
 def _is_of(line: str, keys: Iterable[str]) -> bool:
     key = line.split(":")[0].split(" ")[0]
-    is_unknown = ": unknown key" in line  # perhaps the section of what was set
+    is_unknown = ": unknown key" in line  # perhaps the section of a key that was set
     for name in keys:
         section, dot, last = name.rpartition(".")
         ours = section + dot + ALIASES.get(last, last)
@@ -286,10 +290,10 @@ def _lines_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _reason(finding: ErrorDetails) -> str:
-    """Return what would be right, in the words of the table of keys."""
+    """Return what would be right, with the words of the table of keys."""
     kind, reason = finding["type"], finding["msg"].removeprefix("Value error, ")
     if kind in _KINDS:
-        hint = "; a number or a date is one in quotes" if kind == "string_type" and finding["input"] is not None else ""
+        hint = "; quote a number or a date" if kind == "string_type" and finding["input"] is not None else ""
         return f"must be {_KINDS[kind]}{hint}"
     if kind == "literal_error":
         choices = finding["ctx"]["expected"]
@@ -303,7 +307,7 @@ def _reason(finding: ErrorDetails) -> str:
 
 
 def _shown(finding: ErrorDetails) -> str:
-    """Return the wrong value for a message; empty if it may be, or may hold, a secret."""
+    """Return the wrong value for a message; empty if it may contain a secret."""
     value = finding["input"]
     if "storage_options" in finding["loc"] or not isinstance(value, (str, int, float)):
         return ""
@@ -322,5 +326,5 @@ def _keys_at(model: Any, sections: list[int | str]) -> list[str]:
 
 
 def _unquoted(reason: str) -> str:
-    """Return a reason without its quotations, which may be secrets. Signs of YAML stay."""
+    """Return a reason without quoted texts, which may be secrets; quoted YAML punctuation stays."""
     return re.sub(r"(['\"])[^'\" ]{3,}\1", "...", " ".join(reason.split()))

@@ -1,4 +1,4 @@
-"""Types of keys that take values of several kinds, with a sentence for others."""
+"""Types of keys that take values of several types, with an error message for others."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def _wildcards(value: Any) -> bool | str:
 
 
 def _seed(value: Any) -> Any:
-    """Return the number that a text of digits spells, as `{day}` leaves one."""
+    """Return a text of digits as a number, since `{day}` is replaced by text."""
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) <= 20 else value
 
 
-# Without it, what a union writes is checked again, as a list that is no tuple.
+# Without this, pydantic warns when it writes a tuple of a union type as JSON.
 _AS_LIST = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value, when_used="json")
 Seed = Annotated[int, BeforeValidator(_seed)]
 Template = Annotated[str | dict[str, str] | None, PlainValidator(_template)]

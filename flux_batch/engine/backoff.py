@@ -1,6 +1,6 @@
-"""Pauses between tries while storage is unavailable.
+"""Pauses between attempts after a failure.
 
-They are random, so that a thousand workers do not come back in the same second.
+They are random, so that a thousand workers do not retry in the same second.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
-# A pause is drawn at random, from half of the first to a limit that doubles with each failure in a row.
+# A pause is drawn at random between half of the first pause and a limit that doubles with each failure in a row.
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 60.0
 
@@ -26,7 +26,7 @@ class Backoff:
 
     @property
     def until(self) -> float:
-        """The end of the pause, by the clock."""
+        """The end of the pause, as a time of the clock."""
         return self._until
 
     @property
@@ -42,5 +42,5 @@ class Backoff:
         return length
 
     def reset(self) -> None:
-        """Make the next pause a short one again."""
+        """Make the next pause short again."""
         self._tries.attempt_number = 1

@@ -1,4 +1,4 @@
-"""The meaning of a worker's error to an engine: the one place that decides which errors are tried again."""
+"""The meaning of a worker's error for an engine; only this module decides which errors are retried."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from flux_batch.errors import (
 )
 
 # run_failed: every worker would meet the error, so the run ends. device_lost: the process must be replaced.
-# stopped: the shard was put aside on request. storage_unavailable: not the shard's fault, so it is tried again until
-# storage has been away for too long. shard_failed: the shard is tried again a limited number of times. worker_failed: a
-# pool's word for a shard that failed on a worker where all do, which is tried again elsewhere.
+# stopped: the shard was put aside on request. storage_unavailable: not the shard's fault, so it is retried until
+# storage has been unavailable for too long. shard_failed: the shard is retried a limited number of times.
+# worker_failed: shards fail on this worker one after the other, so the shard is retried elsewhere; only pools use it.
 FailureKind = Literal["run_failed", "device_lost", "stopped", "storage_unavailable", "shard_failed", "worker_failed"]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error of a worker, in a form that crosses processes.
+    """An error of a worker, in a form that can be sent between processes.
 
-    `details` is the traceback. `error` is the error itself if it is one of ours. `waited_s` is how many seconds the
-    storage was waited for before the error was raised.
+    `details` is the traceback. `error` is the error itself if it is one of ours. `waited_s` is the number of seconds
+    for which the worker waited for the storage before the error was raised.
     """
 
     kind: FailureKind
@@ -61,7 +61,7 @@ def _kind_of(error: Exception) -> FailureKind:
             return "device_lost"
         case Stopped():
             return "stopped"
-        case NotFound() | AlreadyExists() | DamagedObject():  # storage answered: these are StoreErrors about a key
+        case NotFound() | AlreadyExists() | DamagedObject():  # StoreErrors about a key: the storage has answered
             return "shard_failed"
         case StoreError():
             return "storage_unavailable"

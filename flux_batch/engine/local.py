@@ -1,6 +1,6 @@
-"""The engine without a cluster: one worker in this process, one shard after the other. For tests and one device.
+"""The engine without a cluster: one worker in this process, for tests and a single device.
 
-A shard is finished on its own thread while the next one is made; a third is not begun before the first is finished.
+A shard is finished on a second thread while the next one is made. A third is not begun before the first is finished.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from flux_batch.telemetry import EngineState, WorkerState
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Runs shards in this process; each gets `max_attempts` tries, and storage `outage_s` seconds to come back.
+    """Runs shards in this process, with `max_attempts` attempts each, and waits `outage_s` for storage.
 
-    This process is not supervised: a hanging worker hangs the run, and a lost device ends it; the same command resumes
-    it. A stop waits until the worker has put its shard aside, however long that takes, but not for a worker that loads.
+    Nothing supervises this process: a hanging worker hangs the run, and a lost device ends it; the same command resumes
+    it. A stop waits until the worker has put its shard aside, without a time limit, but not until it has loaded.
     """
 
     max_attempts: int = 3
@@ -42,7 +42,7 @@ class LocalEngine:
         stop: Stop | None = None,
         state: EngineState | None = None,
     ) -> Iterator[ShardResult]:
-        """Run every shard in order until a stop is requested. Failed ones are tried again at the end."""
+        """Run every shard in order until a stop is requested; retry failed ones at the end."""
         stop, state = stop or Stop(), state or EngineState()
         if stop.is_requested:
             return
@@ -62,7 +62,7 @@ class LocalEngine:
 
 @dataclass
 class _Loop:
-    """The state of one run: the shards that wait, and those that are being finished."""
+    """The state of one run: the queue of shards, and the shards that are being finished."""
 
     worker: Worker
     finisher: ThreadPoolExecutor
@@ -86,7 +86,7 @@ class _Loop:
         return None if self.is_worker_stopped or self.stop.is_requested else self.queue.next()
 
     def _make(self, task: Task) -> ShardResult | None:
-        """Make a shard and begin to finish it. Returns: its result if it failed for the last time."""
+        """Make a shard and begin to finish it. Returns: its result if it is given up."""
         self.state.begin(self.seen, task.shard.index)
         try:
             made = self.worker.make(task.shard, task.attempt)
@@ -96,7 +96,7 @@ class _Loop:
         return None
 
     def _finish(self) -> ShardResult | None:
-        """Wait for the shard that was made first. Returns: its result, None if it is tried again."""
+        """Wait for the shard that was made first. Returns: its result, None if it is retried."""
         task, future = self.in_flight.popleft()
         try:
             outcome: ShardResult | Failure = future.result()
@@ -112,13 +112,13 @@ class _Loop:
         elif outcome.kind == "stopped":
             self.is_worker_stopped = True
         elif outcome.kind == "storage_unavailable":
-            with suppress(Interrupted):  # by a stop, which the loop notices
+            with suppress(Interrupted):  # after a stop, which the loop notices
                 self.stop.sleep(self.backoff.begin())
         return result
 
 
 def _opened(factory: WorkerFactory, stop: Stop) -> Worker | None:
-    """Open a worker; None if a stop was requested first. Then its thread is left alone, and ends with the process."""
+    """Open a worker; return None if a stop is requested first, and leave its daemon thread running."""
     opened: Future[Worker] = Future()
 
     def load() -> None:
@@ -135,7 +135,7 @@ def _opened(factory: WorkerFactory, stop: Stop) -> Worker | None:
 
 
 def _failure(error: Exception) -> Failure:
-    """Return the failure of an error. Raises: the error itself if this process cannot go on after it."""
+    """Return the failure of an error. Raises: the error itself if this process cannot continue."""
     failure = Failure.of(error)
     if failure.kind == "device_lost":
         raise error
@@ -144,7 +144,7 @@ def _failure(error: Exception) -> Failure:
 
 @contextmanager
 def _watching(stop: Stop, worker: Worker, seen: WorkerState) -> Iterator[None]:
-    """Run the block; meanwhile read the worker's figures, and forward a request to stop to it."""
+    """Run the block; meanwhile read the worker's figures, and forward a stop request to it."""
     is_over = threading.Event()
 
     def watch() -> None:

@@ -1,6 +1,6 @@
 """The interfaces of this folder: a factory opens a worker, a worker makes shards, an engine runs workers.
 
-Any program with picklable units of work can use an engine; nothing here knows the contents of a shard.
+Any program with picklable units of work can use an engine; this module does not know the contents of a shard.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class MadeShard(Protocol):
 
 
 class Worker(Protocol):
-    """A loaded worker, which makes one shard while it finishes another on a second thread.
+    """A loaded worker; it makes one shard while it finishes another on a second thread.
 
-    The other methods may be called from any thread.
+    Methods other than `make` may be called from any thread.
     """
 
     def make(self, shard: Shard, attempt: Attempt) -> MadeShard:
-        """Do the work that needs the device. Returns: the shard, to be finished while the next one is made.
+        """Do the work that needs the device. Returns: the shard, which can be finished while the next one is made.
 
         Raises: Stopped after `stop`.
         """
         ...
 
     def stop(self) -> None:
-        """Request that the current shard is put aside once nothing is lost by it. Returns at once."""
+        """Request that the current shard is put aside once no work is lost by it. Returns at once."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Worker(Protocol):
         ...
 
     def idle_s(self) -> float:
-        """Return the seconds since the last progress of a shard that is made or finished; 0 without one."""
+        """Return the seconds since the last progress of making or finishing a shard; 0 if there is none."""
         ...
 
 
@@ -53,7 +53,7 @@ class WorkerFactory(Protocol):
     """A picklable description of a worker."""
 
     def open(self) -> Worker:
-        """Load the worker, in the process and on the device where it will run."""
+        """Load the worker in this process, on the device where it will run."""
         ...
 
 
@@ -65,10 +65,8 @@ class Engine(Protocol):
     ) -> Iterator[ShardResult]:
         """Run every shard and yield a result for each, in any order; `error` is set if it was given up.
 
-        `state` is kept up to date meanwhile, for whoever watches.
-
-        Once `stop` is requested no shard is begun, and the iterator ends when the running ones are finished or put
-        aside: shards without a result are left for the next run.
+        `state` is kept up to date meanwhile. Once `stop` is requested, no shard is begun, and the iterator ends when
+        the running ones are finished or put aside. Shards without a result are left for the next run.
         Raises: the error of a worker that could not start, or an error that every other worker would meet too;
         Interrupted if storage has been unavailable for too long.
         """
@@ -76,26 +74,26 @@ class Engine(Protocol):
 
 
 class Cluster(Protocol):
-    """A cluster as a pool uses it. The clock counts seconds from anywhere."""
+    """A cluster as a pool uses it; see RayCluster."""
 
     def clock(self) -> float:
-        """Return the time, in seconds."""
+        """Return the time in seconds since an arbitrary start."""
         ...
 
     def start_actor(self) -> Any:
-        """Start one more process of a worker, where there is room for it. Returns: its handle."""
+        """Start one more worker process once there is room for it. Returns: its handle."""
         ...
 
     def call(self, method: Any, *arguments: Any) -> Future[Any]:
-        """Call a method of an actor. `wait` returns the call once it is answered."""
+        """Call a method of an actor; `wait` returns the call once it is answered."""
         ...
 
     def ask(self, method: Any, *arguments: Any) -> Future[Any]:
-        """Call a method of an actor without waiting for its answer."""
+        """Call a method of an actor; `wait` does not return the call."""
         ...
 
     def wait(self, timeout_s: float) -> list[Future[Any]]:
-        """Wait until a call is answered. Returns: those that are since the last wait, none after `timeout_s`."""
+        """Wait for answers, for `timeout_s` at most. Returns: the calls answered since the last wait."""
         ...
 
     def kill(self, actor: Any) -> None:
@@ -103,15 +101,15 @@ class Cluster(Protocol):
         ...
 
     def check(self) -> None:
-        """Wait while the cluster does not answer. Raises: Interrupted if it stays away."""
+        """Wait while the cluster does not answer. Raises: Interrupted if it does not come back."""
         ...
 
     def caused_loss(self, node: str, error: BaseException | None) -> bool:
-        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        """Return whether a process was lost because its node was lost; `node` is empty if it never had one."""
         ...
 
     def leaving_nodes(self) -> set[str]:
-        """Return the nodes that were or are being drained."""
+        """Return all nodes that are or were being drained."""
         ...
 
     @property
@@ -120,5 +118,5 @@ class Cluster(Protocol):
         ...
 
     def resources(self) -> Mapping[str, float]:
-        """Return how much of each resource the cluster has."""
+        """Return the cluster's total of each resource."""
         ...

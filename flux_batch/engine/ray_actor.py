@@ -1,6 +1,6 @@
-"""The process around a worker on a Ray cluster: opens it, runs its shards, and turns exceptions into answers.
+"""The Ray actor around a worker: it opens it, runs its shards, and returns exceptions as answers.
 
-A Ray error that reaches the driver is then always the loss of a process or a node, never an error of the work.
+So a Ray error that reaches the driver always means the loss of a process or a node, never an error of the work.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ log = logging.getLogger(__name__)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-# The concurrency groups whose methods run while a shard is made, each on its own thread.
+# The concurrency groups of methods that run while a shard is made, each on its own thread.
 _WATCH = "watch"
 _FINISH = "finish"
-# sysexits.h EX_SOFTWARE; any code will do, since os._exit is what makes Ray report a lost process.
+# EX_SOFTWARE of sysexits.h. Any code would do: after os._exit Ray reports a lost process.
 _DEVICE_LOST_EXIT = 70
-# A process whose device is lost answers, and the driver kills it; after this long it exits by itself.
+# A process whose device is lost answers, and the driver kills it. If that does not happen, it exits after this time.
 _EXIT_DELAY_S = 5.0
 
 
 def _watching(method: _Method) -> _Method:
-    """Run a method of the actor whatever else it does."""
+    """Make a method of the actor run at any time, also while others run."""
     return cast(_Method, ray.method(concurrency_group=_WATCH)(method))
 
 
 def _finishing(method: _Method) -> _Method:
-    """Run a method of the actor while the next shard is made."""
+    """Make a method of the actor run while the next shard is made."""
     return cast(_Method, ray.method(concurrency_group=_FINISH)(method))
 
 
 class WorkerActor:
-    """A worker in its process, which makes one shard and finishes one at a time; needs both concurrency groups."""
+    """A worker in its process; it makes one shard and finishes another at the same time."""
 
     def __init__(self, factory: WorkerFactory) -> None:
         self._factory = factory
@@ -53,7 +53,7 @@ class WorkerActor:
         self._made: dict[int, MadeShard] = {}
 
     def open(self, after_s: float) -> Failure | None:
-        """Load the worker after some seconds; not in the constructor, so that the reason of a failure is returned."""
+        """Load the worker after `after_s` seconds; unlike the constructor, this can return the reason of a failure."""
         with LOADING.busy("load"):
             time.sleep(after_s)
             try:
@@ -81,7 +81,7 @@ class WorkerActor:
         except Exception as error:
             return _failure(error)
         finally:
-            self._metrics.export()  # the process that answers last in a run is killed right away
+            self._metrics.export()  # now: after the last answer of a run, the process is killed at once
 
     @_watching
     def node_id(self) -> str:
@@ -90,7 +90,7 @@ class WorkerActor:
 
     @_watching
     def idle_s(self) -> float:
-        """Return the seconds since the last progress, also of loading; any answer shows that the process lives."""
+        """Return the seconds since the last progress, also of loading; any answer is a sign of life."""
         return self._worker.idle_s() if self._worker else LOADING.idle_s()
 
     @_watching
@@ -118,7 +118,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def make_actor_class(num_gpus: float, num_cpus: float, runtime_env: Mapping[str, Any] | None = None) -> Any:
-    """Return the Ray class of the actors of a pool. Ray stores it in the cluster, so it is made once."""
+    """Return the Ray class of a pool's actors; call it once, since Ray stores the class in the cluster."""
     return ray.remote(
         num_gpus=num_gpus,
         num_cpus=num_cpus,

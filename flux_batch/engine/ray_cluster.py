@@ -1,4 +1,4 @@
-"""The Ray cluster: joining or starting one, checking that it answers, and finding nodes that leave."""
+"""The Ray cluster: joining or starting one, checking that it answers, finding nodes that leave."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from flux_batch.errors import FluxBatchError, Interrupted, JobError, one_line
 
 log = logging.getLogger(__name__)
 
-# Ray packs a folder only for workers that it starts by uv, and takes 512 MiB: ray/_private/runtime_env/packaging.py.
+# For workers that it starts by uv, Ray packs the folder, at most 512 MiB: ray/_private/runtime_env/packaging.py.
 _UV_ADVICE = (
     "name what workers do not need in .rayignore, or, where the nodes have flux-batch, set "
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"
 )
 _ADDRESS_ADVICE = (
-    "start it, set RAY_ADDRESS to HOST:PORT of another, as in head:6379, or unset it to start one on this machine"
+    "start it, set RAY_ADDRESS to HOST:PORT of another, e.g. head:6379, or unset it to start one on this machine"
 )
 _VERSION_ADVICE = "install the versions of the cluster here, or submit the job to it by jobs/submit.sh"
-# Seconds for the answer of a cluster that others have started.
+# Seconds in which an existing cluster must answer.
 _CONNECT_TIMEOUT_S = 10.0
-# A client's first bytes in HTTP/2, with which gRPC begins, and the header of a server's first frame, its settings:
+# The first bytes of an HTTP/2 client, with which gRPC begins, and the header of a server's first frame, SETTINGS:
 # RFC 9113, sections 3.4 and 4.1.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 _FRAME_HEADER_BYTES, _SETTINGS_FRAME = 9, b"\x04"
-# Seconds that a cluster which stopped answering may take to come back.
+# Seconds in which a cluster that stopped answering must answer again.
 CLUSTER_LOST_S = 30.0
-# Seconds for the TCP answer of a node, which counts as gone after them.
+# Seconds in which a node must accept a TCP connection; otherwise it counts as gone.
 _NODE_TIMEOUT_S = 3.0
 
 
 def find_cluster(max_workers: int, num_gpus: float) -> None:
-    """Connect to the cluster of RAY_ADDRESS before anything is written, as `connect`; a submitted job only looks.
+    """Connect to the cluster of RAY_ADDRESS before anything is written; a submitted job only checks its address.
 
-    Its cluster has started it. Once its driver connects, Ray unpacks the submitted folder again where nodes share a
-    disk, and a module that is imported meanwhile is not there: the driver connects when all of them are imported.
+    Such a job connects later, when all modules are imported: once the driver connects, Ray unpacks the submitted folder
+    again if nodes share a disk, and a module could not be imported meanwhile. Raises: as `connect`.
     """
     if _has_working_dir() and not ray.is_initialized():
         _check_address()
@@ -60,8 +60,8 @@ def find_cluster(max_workers: int, num_gpus: float) -> None:
 def connect(max_workers: int, num_gpus: float) -> None:
     """Connect to Ray unless this process is connected; a local cluster without GPUs gets logical ones.
 
-    Raises: Interrupted if no cluster answers at RAY_ADDRESS, or at a SIGTERM; JobError if none ever can, if it has
-    other versions of Ray and Python, or if Ray cannot give the workers the environment of `uv run`.
+    Raises: Interrupted if no cluster answers at RAY_ADDRESS, or after a SIGTERM; JobError if RAY_ADDRESS cannot be a
+    cluster, if the cluster has other versions of Ray or Python, or if workers cannot get the environment of `uv run`.
     """
     if ray.is_initialized():
         return
@@ -79,15 +79,16 @@ def connect(max_workers: int, num_gpus: float) -> None:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Run ray.init without the handlers that it sets; a SIGHUP meanwhile comes when it is done.
+    """Run ray.init without keeping its SIGTERM handler; a SIGHUP is delivered after it.
 
-    What it starts never gets that: a closed terminal would end the local cluster before its workers could stop.
+    The processes that it starts never get a SIGHUP: a closed terminal would end the local cluster before its workers
+    could stop.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # which processes inherit
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # child processes inherit it
     try:
         yield
     finally:
@@ -96,10 +97,10 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _init(options: Mapping[str, Any]) -> None:
-    """Call ray.init. Raises: its errors as ours, where they are known."""
+    """Call ray.init. Raises: known errors as ours."""
     try:
         ray.init(**options)
-    except SystemExit:  # the handlers that Ray sets meanwhile end the process, with 15 or 1
+    except SystemExit:  # from Ray's own signal handlers during ray.init, with exit code 15 or 1
         raise Interrupted("stopped by SIGTERM before Ray had started; run the same command again") from None
     except (ConnectionError, RuntimeEnvSetupError, RuntimeError) as error:
         if explained := _explained(error, os.environ.get("RAY_ADDRESS", "")):
@@ -121,16 +122,16 @@ def _explained(error: Exception, address: str) -> FluxBatchError | None:
 
 
 def _has_working_dir() -> bool:
-    """Return whether this is a job of Ray that was submitted with a folder."""
+    """Return whether this process is a Ray job that was submitted with a working directory."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return "working_dir" in (job.get("runtime_env") or {})
 
 
 def _check_address() -> None:
-    """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would try for many minutes, at any server.
+    """Check that a Ray cluster answers at RAY_ADDRESS; Ray itself would retry for many minutes.
 
-    `auto` is left to Ray, which looks for a cluster at once. Raises: Interrupted if nothing answers there; JobError if
-    it is no server of gRPC, as the head of a cluster is.
+    `auto` is left to Ray, which finds out at once. Raises: Interrupted if nothing answers there; JobError if the server
+    there does not speak gRPC, as the head of a cluster does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if not _has_port(address):
@@ -142,17 +143,17 @@ def _check_address() -> None:
     except OSError as error:
         raise Interrupted(f"RAY_ADDRESS = {address}: {_no_cluster(str(error))}; {_ADDRESS_ADVICE}") from error
     if frame is not None and frame[3:4] != _SETTINGS_FRAME:
-        program = "a server of HTTP, perhaps the dashboard," if frame.startswith(b"HTTP/") else "another program"
-        raise JobError(f"RAY_ADDRESS = {address}: {program} answers there and no Ray cluster; {_ADDRESS_ADVICE}")
+        program = "an HTTP server, perhaps the dashboard," if frame.startswith(b"HTTP/") else "another program"
+        raise JobError(f"RAY_ADDRESS = {address}: {program} answers there, not a Ray cluster; {_ADDRESS_ADVICE}")
 
 
 def _first_frame(connection: socket.socket) -> bytes:
-    """Return the first bytes that a server sends: of one of HTTP/2 the header of a frame. Raises: OSError."""
+    """Return the first bytes that a server sends; an HTTP/2 server sends a frame header. Raises: OSError."""
     with connection.makefile("rb") as stream:
         connection.sendall(_HTTP2_PREFACE)
         if frame := stream.read(_FRAME_HEADER_BYTES):
             return frame
-    raise ConnectionError("the connection is closed at once")
+    raise ConnectionError("the connection was closed at once")
 
 
 def _no_cluster(reason: str) -> str:
@@ -160,7 +161,7 @@ def _no_cluster(reason: str) -> str:
 
 
 def why_unreachable(address: str, timeout_s: float = _CONNECT_TIMEOUT_S) -> str | None:
-    """Return why a HOST:PORT address accepts no connection; None if it does, or if the address has another form."""
+    """Return why an address accepts no connection; None if it does, or if it is not HOST:PORT."""
     if not _has_port(address):
         return None
     try:
@@ -171,20 +172,20 @@ def why_unreachable(address: str, timeout_s: float = _CONNECT_TIMEOUT_S) -> str 
 
 
 def _has_port(address: str) -> bool:
-    """Return whether an address is HOST:PORT, and not `auto`."""
+    """Return whether an address ends with a port, unlike `auto`."""
     return address.rpartition(":")[2].isdecimal()
 
 
 def _connected(address: str, timeout_s: float) -> socket.socket:
-    """Return a connection to HOST:PORT, for which each wait is `timeout_s`. Raises: OSError."""
+    """Return a connection to HOST:PORT with a timeout of `timeout_s` per operation. Raises: OSError."""
     host, _, port = address.rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
 
 
 def await_cluster(address: str) -> None:
-    """Wait while the cluster does not answer. Raises: Interrupted if it stays away.
+    """Wait while the cluster does not answer. Raises: Interrupted if it does not come back.
 
-    Calls of Ray would block meanwhile, and after a minute Ray ends this process without a message to the user.
+    Calls of Ray would block meanwhile, and after a minute Ray would end this process without a message to the user.
     """
     deadline = time.monotonic() + CLUSTER_LOST_S
     while reason := why_unreachable(address):
@@ -194,9 +195,9 @@ def await_cluster(address: str) -> None:
 
 
 class RayCluster:
-    """The cluster that this process is connected to, whose actors are of one class.
+    """The cluster of this process, with actors of one class.
 
-    A call is a future from its begin: Ray itself hands over its answer, so that no turn of the driver asks for all.
+    Each call is a future that Ray completes, so the driver need not poll all calls.
     """
 
     def __init__(self, actor_class: Any, factory: Any) -> None:
@@ -213,22 +214,22 @@ class RayCluster:
         return self._nodes.here
 
     def start_actor(self) -> Any:
-        """Start one more process of a worker. If there is no room for it, this makes the autoscaler add a node."""
+        """Start one more worker process; if there is no room for it, the autoscaler adds a node."""
         return self._actor_class.remote(self._factory)
 
     def call(self, method: Any, *arguments: Any) -> Future[Any]:
-        """Call a method of an actor. `wait` returns the call once it is answered."""
+        """Call a method of an actor; `wait` returns the call once it is answered."""
         call = self.ask(method, *arguments)
         call.add_done_callback(self._answered.put)
         return call
 
     def ask(self, method: Any, *arguments: Any) -> Future[Any]:
-        """Call a method of an actor without waiting for its answer."""
+        """Call a method of an actor; `wait` does not return the call."""
         call: Future[Any] = method.remote(*arguments).future()
         return call
 
     def wait(self, timeout_s: float) -> list[Future[Any]]:
-        """Wait until a call is answered. Returns: those that are since the last wait, none after `timeout_s`."""
+        """Wait for answers, for `timeout_s` at most. Returns: the calls answered since the last wait."""
         answered: list[Future[Any]] = []
         try:
             answered.append(self._answered.get(timeout=timeout_s))
@@ -242,37 +243,37 @@ class RayCluster:
         ray.kill(actor)
 
     def check(self) -> None:
-        """Wait while the cluster does not answer. Raises: Interrupted if it stays away."""
+        """Wait while the cluster does not answer. Raises: Interrupted if it does not come back."""
         await_cluster(self.address)
 
     def caused_loss(self, node: str, error: BaseException | None) -> bool:
-        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        """Return whether a process was lost because its node was lost; `node` is empty if it never had one."""
         return self._nodes.caused_loss(node, error)
 
     def leaving_nodes(self) -> set[str]:
-        """Return the nodes that were or are being drained."""
+        """Return all nodes that are or were being drained."""
         self._nodes.refresh()
         return self._nodes.leaving
 
     def resources(self) -> Mapping[str, float]:
-        """Return how much of each resource the cluster has."""
+        """Return the cluster's total of each resource."""
         found: Mapping[str, float] = ray.cluster_resources()
         return found
 
 
 class _Nodes:
-    """The nodes of the cluster: `here` is that of this process, `leaving` are all that were or are being drained."""
+    """The nodes of the cluster: `here` is this process's node, `leaving` all that are or were being drained."""
 
     def __init__(self) -> None:
         self.here = str(ray.get_runtime_context().get_node_id())
         self.leaving: set[str] = set()
 
     def refresh(self) -> None:
-        """Read again which nodes are being drained."""
+        """Read the draining nodes again."""
         self.leaving |= draining_nodes()
 
     def caused_loss(self, node: str, error: BaseException | None) -> bool:
-        """Return whether a process was lost because its node was; `node` is empty if it never had one."""
+        """Return whether a process was lost because its node was lost; `node` is empty if it never had one."""
         if isinstance(error, RayActorError) and error.preempted:
             return True
         self.refresh()
@@ -282,8 +283,8 @@ class _Nodes:
 def draining_nodes() -> set[str]:
     """Return the hexadecimal ids of the nodes that are being drained.
 
-    This is the one use of an API of Ray which is not public: `get_draining_nodes`, which Ray Train and Ray Data use
-    too. A version of Ray without it has no draining nodes: they count as staying until they are gone.
+    `get_draining_nodes` is the only API of Ray used here that is not public; Ray Train and Ray Data use it too. With a
+    version of Ray that lacks it, no node counts as draining until it is gone.
     """
     try:
         from ray._private.state import state
@@ -297,7 +298,7 @@ def draining_nodes() -> set[str]:
 def _is_up(node: str) -> bool:
     """Return whether a node accepts connections.
 
-    Measured with Ray 2.60: calls to its actors fail 2 s after a node died, the cluster takes 15 s to find out.
+    Measured with Ray 2.60: calls to actors fail 2 s after their node died, but the cluster takes 15 s to notice.
     """
     for each in ray.nodes():
         if each["NodeID"] == node and each["Alive"]:
@@ -306,5 +307,5 @@ def _is_up(node: str) -> bool:
 
 
 def _never_ran(error: BaseException | None) -> bool:
-    """Return whether an actor was lost before it had a process. This happens if its node leaves while it starts."""
+    """Return whether an actor was lost before it had a process: its node left during its start."""
     return isinstance(error, RayActorError) and "never ran" in str(error)

@@ -1,4 +1,4 @@
-"""The workers of the pool as the driver sees them: actors, their unanswered calls, and whether they still respond."""
+"""The workers of a pool as the driver sees them: actors, unanswered calls, signs of life."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flux_batch.engine.protocol import Cluster
 from flux_batch.engine.shard_queue import Task
 from flux_batch.telemetry import WorkerState
 
-# Shards that a worker may be finishing when it begins another: this bounds its disk usage.
+# Shards that a worker may still be finishing when it begins another; this limits its disk usage.
 _MAX_FINISHING = 1
-# Seconds that a process may take to answer how long it has been idle.
+# Seconds in which a process must answer a ping.
 PING_TIMEOUT_S = 60.0
 
 Call = Future[Any]
@@ -28,7 +28,7 @@ Call = Future[Any]
 class WorkerHandle:
     """An actor that starts, or that makes one task and finishes others.
 
-    `call` is the unanswered call that starts the worker or makes `task`; `finishing` has those that finish tasks.
+    `call` is the unanswered call that starts the worker or makes `task`; `finishing` holds the calls that finish tasks.
     """
 
     cluster: Cluster
@@ -39,9 +39,9 @@ class WorkerHandle:
     task: Task | None = None
     finishing: dict[Call, Task] = field(default_factory=dict)
     is_up: bool = False
-    failure: Failure | None = None  # of its last start, which is tried again after a pause
-    num_failed: int = 0  # shards that failed on it since it has finished one
-    is_stopping: bool = False  # stays so: a stopped worker takes no other shard
+    failure: Failure | None = None  # of its last start, which is retried after a pause
+    num_failed: int = 0  # shards that failed on it since it last finished one
+    is_stopping: bool = False  # never reset: a stopped worker takes no other shard
     node: str = ""  # known soon after its process has started
     _node_call: Call | None = None
     _placed: float = 0.0
@@ -51,26 +51,26 @@ class WorkerHandle:
 
     @classmethod
     def start(cls, cluster: Cluster, backoff: Backoff, seen: WorkerState, after_s: float) -> WorkerHandle:
-        """Start one more worker, which loads its model `after_s` seconds after its process has begun.
+        """Start one more worker; it loads its model `after_s` seconds after its process has begun.
 
-        If the cluster has no room for it, this makes the autoscaler add a node.
+        If the cluster has no room for it, the autoscaler adds a node.
         """
         actor = cluster.start_actor()
         call = cluster.call(actor.open, after_s)
         return cls(cluster, actor, backoff, seen, call, _node_call=cluster.ask(actor.node_id))
 
     def start_again(self) -> None:
-        """Load the model once more, in the same process: the place of a worker that could not is not another's."""
+        """Load the model again in the same process, which keeps its place in the cluster."""
         self.call = self.cluster.call(self.actor.open, 0.0)
 
     @property
     def is_closed(self) -> bool:
-        """True if it could not load its model, and does not try to."""
+        """True if it could not load its model and is not loading now."""
         return self.failure is not None and self.call is None
 
     @property
     def is_free(self) -> bool:
-        """True if it can take a shard, unless it pauses."""
+        """True if it can take a shard; it may still be pausing."""
         is_free = self.task is None and len(self.finishing) <= _MAX_FINISHING
         is_free &= not any(task.attempt.lost for task in self.finishing.values())
         return self.is_up and is_free and not self.is_stopping
@@ -81,7 +81,7 @@ class WorkerHandle:
         return bool(self.node) and not self.is_up and self.call is not None
 
     def is_promising(self, now: float, load_s: float) -> bool:
-        """Return whether it works, or has loaded for less than `load_s`, without a failed shard."""
+        """Return whether it works, or has been loading for less than `load_s`; never after a failed shard."""
         is_soon_up = self.is_loading and self.failure is None and now - self._placed < load_s
         return not self.num_failed and (self.task is not None or is_soon_up)
 
@@ -92,7 +92,7 @@ class WorkerHandle:
 
     @property
     def calls(self) -> list[Call]:
-        """The unanswered calls that do its work."""
+        """The unanswered calls that start it, make a shard or finish one."""
         return [*self.finishing, *([self.call] if self.call else [])]
 
     def make(self, task: Task, now: float) -> None:
@@ -101,7 +101,7 @@ class WorkerHandle:
         self.call = self.cluster.call(self.actor.make, task.shard, task.attempt)
 
     def finish(self, task: Task) -> None:
-        """Begin to finish a shard that was made; another one can be made meanwhile."""
+        """Begin to finish a made shard; another one can be made meanwhile."""
         self.finishing[self.cluster.call(self.actor.finish, task.shard.index)] = task
 
     def on_answer(self, call: Call) -> Task | None:
@@ -112,19 +112,19 @@ class WorkerHandle:
         return task
 
     def stop(self) -> None:
-        """Request that it puts its current shard aside, and give it no other."""
+        """Request that it puts its current shard aside; it gets no other."""
         if not self.is_stopping:
             self.is_stopping = True
             self.cluster.ask(self.actor.stop)
 
     def reset_timeout(self, now: float) -> None:
-        """Restart its time to answer, since the driver itself was suspended."""
+        """Restart its timeout, since the driver itself was suspended."""
         self._pinged = now
 
     def why_hung(self, now: float, hang_s: float) -> str | None:
-        """Ping the actor now and then. Returns: the reason to count it as hung, None while there is none.
+        """Ping the actor if it is time. Returns: why it counts as hung, None if it does not.
 
-        While a model is loaded, a library may keep its process from any answer: for `hang_s` then.
+        While a model is loaded, a library may block the whole process, so an answer may then take `hang_s`.
         """
         if self._ping is None:
             if now - self._pinged >= min(hang_s / 4, PING_TIMEOUT_S / 4):
@@ -137,7 +137,7 @@ class WorkerHandle:
         return f"no progress for {idle_s:.0f} s" if idle_s is not None and idle_s > hang_s else None
 
     def update_node(self) -> None:
-        """Read the id of its node, if it has answered with it."""
+        """Read the id of its node, if the answer is there."""
         if self._node_call is not None:
             node, self._node_call = _answer(self._node_call)
             self.node = node or ""
@@ -145,7 +145,7 @@ class WorkerHandle:
                 self.seen.placed_at, self._placed = time.monotonic(), self.cluster.clock()
 
     def update_figures(self) -> None:
-        """Read its figures if it has answered with them, and ask again."""
+        """Read its figures if the answer is there, and ask again."""
         if self._figures is not None:
             answer, self._figures = _answer(self._figures)
             if answer is not None:
@@ -160,25 +160,25 @@ class WorkerHandle:
 
 
 class Workers:
-    """The workers of a pool, sorted by what they do: no turn of the driver looks at all of them.
+    """The workers of a pool in groups by state: the driver need not look at all of them.
 
-    `update` must follow every change of a worker. Each group is in the order in which workers came into it.
+    `update` must follow every change of a worker. Each group is in the order in which its workers joined it.
     """
 
     def __init__(self) -> None:
         self._all: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._of_call: dict[Call, WorkerHandle] = {}
-        self._of_task: dict[Task, WorkerHandle] = {}  # while it is made
+        self._of_task: dict[Task, WorkerHandle] = {}  # only while the task is made
         self._known: dict[WorkerHandle, tuple[list[Call], Task | None]] = {}
         self.up: OrderedDict[WorkerHandle, None] = OrderedDict()
         self.stopping: OrderedDict[WorkerHandle, None] = OrderedDict()
-        # With a shard to make, and not about to put it aside.
+        # Workers that make a shard and are not stopping.
         self.busy: OrderedDict[WorkerHandle, None] = OrderedDict()
-        # Without any shard, to make or to finish.
+        # Workers without any shard, to make or to finish.
         self.empty: OrderedDict[WorkerHandle, None] = OrderedDict()
-        # Ready for a shard. Those that pause come to it later.
+        # Workers that are ready for a shard; pausing ones join after their pause.
         self.free: OrderedDict[WorkerHandle, None] = OrderedDict()
-        # To be started again. Those that pause come to it later, too.
+        # Workers to be started again; pausing ones join after their pause.
         self.closed: OrderedDict[WorkerHandle, None] = OrderedDict()
         self._pausing: list[tuple[float, int, WorkerHandle]] = []
         self._number = 0
@@ -203,11 +203,11 @@ class Workers:
         return len(self._all) - len(self.empty)
 
     def with_call(self, call: Call) -> WorkerHandle | None:
-        """Return the worker that a call is of; None if that was removed."""
+        """Return the worker of a call; None if it was removed."""
         return self._of_call.get(call)
 
     def with_task(self, task: Task) -> WorkerHandle | None:
-        """Return the worker that makes a task; None if nobody does."""
+        """Return the worker that makes a task; None if none does."""
         return self._of_task.get(task)
 
     def add(self, worker: WorkerHandle) -> None:
@@ -223,7 +223,7 @@ class Workers:
             group.pop(worker, None)
 
     def update(self, worker: WorkerHandle) -> None:
-        """Sort a worker by its present state."""
+        """Put a worker into the groups of its present state."""
         if worker not in self._all:
             return
         self._forget(worker)
@@ -249,7 +249,7 @@ class Workers:
                 group.pop(worker, None)
 
     def end_pauses(self, now: float) -> None:
-        """Sort again the workers whose pauses are over."""
+        """Update the groups of workers whose pauses are over."""
         while self._pausing and self._pausing[0][0] <= now:
             self.update(heappop(self._pausing)[2])
 
@@ -265,5 +265,5 @@ def _answer(call: Call) -> tuple[Any, Call | None]:
     """Return the answer to a call, and the call itself if it has none yet."""
     if not call.done():
         return None, call
-    # An actor that is gone is reported by its main call, with the reason.
+    # The main call of a lost actor reports the loss with its reason.
     return (None if call.exception() else call.result()), None

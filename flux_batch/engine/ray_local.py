@@ -1,6 +1,6 @@
-"""The Ray cluster that a run starts on its own machine: when it does, and with which settings.
+"""The Ray cluster that a run starts on its own machine: the decision to start it, and its settings.
 
-Imports no Ray, so that what Ray reads from the environment when it is imported can be set before.
+This module does not import Ray, so that it can set environment variables which Ray reads at its import.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 
 from flux_batch.errors import JobError
 
-# Images never pass through the object store: it holds the worker factory. Ray takes no less than 75 MiB.
+# The object store holds only the worker factory, no images. Ray requires at least 75 MiB.
 _OBJECT_STORE_BYTES = 80 << 20
 _SHARED_MEMORY = "/dev/shm"
 _SHORT_TEMP_DIR = "/tmp/ray"
-# The bytes of a socket's path, without its end: sockaddr_un in unix(7), and in macOS.
+# The longest path of a socket in bytes, without the final NUL: sockaddr_un in unix(7), and in macOS.
 _MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 _LONGEST_SOCKET = "/ray/session_2026-11-29_14-06-08_553668_4194304/sockets/plasma_store"
-# Values of RAY_ADDRESS with which a cluster is started here.
+# Values of RAY_ADDRESS for which a cluster is started on this machine.
 _NO_CLUSTER = ("", "local")
 _MAX_PORT = 65535
-# The namespace of actors in a cluster that was started here, by which it is told from one of somebody else.
+# The namespace of a cluster that this program started; it distinguishes the cluster from others.
 _OWN_NAMESPACE = "flux-batch"
 
 
 def joins_cluster() -> bool:
-    """Return whether a run uses a Ray cluster of somebody else; otherwise it starts one on this machine.
+    """Return whether a run joins an existing Ray cluster; otherwise it starts one on this machine.
 
-    One that an earlier run of this process has started is not of somebody else.
-    Raises: JobError if RAY_ADDRESS can never be the address of a cluster.
+    A cluster that an earlier run of this process has started does not count as existing.
+    Raises: JobError if RAY_ADDRESS cannot be the address of a cluster.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     _check_address(address)
@@ -52,26 +52,26 @@ def _check_address(address: str) -> None:
         return
     if address.startswith(("http://", "https://")):
         raise JobError(
-            f"RAY_ADDRESS = {address} is a job server, which takes jobs by jobs/submit.sh or `ray job submit`; unset "
-            "it to run the job here, or set it to the cluster itself, as in head:6379"
+            f"RAY_ADDRESS = {address} is a job server, which takes jobs from jobs/submit.sh or `ray job submit`; unset "
+            "it to run the job here, or set it to the cluster itself, e.g. head:6379"
         )
     if address.startswith("ray://"):
         raise JobError(
-            f"RAY_ADDRESS = {address} is a server of the Ray client, which is not used here; submit the job by "
-            "jobs/submit.sh or `ray job submit`, or set RAY_ADDRESS to the head of the cluster, as in head:6379"
+            f"RAY_ADDRESS = {address} is a server of the Ray client, which is not supported; submit the job with "
+            "jobs/submit.sh or `ray job submit`, or set RAY_ADDRESS to the head of the cluster, e.g. head:6379"
         )
     host, _, port = address.rpartition(":")
     if "/" in host or not (host.strip() and port.isascii() and port.isdecimal() and 0 < int(port) <= _MAX_PORT):
         raise JobError(
-            f"RAY_ADDRESS = {address} is no address of a Ray cluster; set it to HOST:PORT of its head, as in "
+            f"RAY_ADDRESS = {address} is not the address of a Ray cluster; set it to HOST:PORT of its head, e.g. "
             "head:6379, or to auto for the cluster of this machine, or unset it to start one here"
         )
 
 
 def has_gpu() -> bool:
-    """Return whether this machine has a GPU that its processes may see.
+    """Return whether this machine has a GPU that this process may use.
 
-    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg under Windows, and AMD's as /dev/kfd. Apple's
+    Linux shows NVIDIA's GPUs as /dev/nvidia0 and so on, or as /dev/dxg in WSL, and AMD's as /dev/kfd. Apple's
     processors have one.
     """
     if _has_apple_gpu():
@@ -82,24 +82,24 @@ def has_gpu() -> bool:
 
 
 def is_uv_run() -> bool:
-    """Return whether Ray starts the workers of a cluster by `uv run`.
+    """Return whether Ray starts the workers of a cluster with `uv run`.
 
-    uv sets the variable for what it runs; Ray looks at the command lines of its parents.
+    uv sets UV_RUN_RECURSION_DEPTH for its child processes; Ray itself reads the command lines of its parents.
     """
     is_asked = os.environ.get("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "1").lower() in ("1", "true")
     return is_asked and "UV_RUN_RECURSION_DEPTH" in os.environ
 
 
 def keep_environment() -> None:
-    """Keep workers on this machine in the environment of the driver; call it before Ray is imported.
+    """Make workers on this machine use the driver's Python environment; call it before Ray is imported.
 
-    Under `uv run` Ray would copy the working folder and build the environment again for each worker.
+    Under `uv run`, Ray would otherwise copy the working folder and rebuild the environment for each worker.
     """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def local_options(num_gpus: float) -> dict[str, Any]:
-    """Return the arguments of ray.init for a cluster on this machine. It has logical GPUs where there are no others.
+    """Return the arguments of ray.init for a local cluster; it has logical GPUs if Ray finds none.
 
     Raises: JobError if RAY_TMPDIR is too long.
     """
@@ -111,7 +111,7 @@ def local_options(num_gpus: float) -> dict[str, Any]:
         "_temp_dir": _folder(),
     }
     if _has_apple_gpu():
-        options["num_gpus"] = 1  # Ray itself counts none
+        options["num_gpus"] = 1  # Ray does not find it
     elif not (has_gpu() and _ray_counts_gpus()):
         options["num_gpus"] = num_gpus
     if _free_shared_memory() < _OBJECT_STORE_BYTES:
@@ -121,9 +121,9 @@ def local_options(num_gpus: float) -> dict[str, Any]:
 
 
 def settle_colours() -> None:
-    """Keep Ray from colouring the lines of workers.
+    """Turn off Ray's colours in the log lines of workers if NO_COLOR is set.
 
-    This holds where NO_COLOR is set, or where stdout or stderr is no terminal.
+    Also turn them off if stdout or stderr is not a terminal.
     """
     are_terminals = all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr))
     if os.environ.get("NO_COLOR") or not are_terminals:
@@ -131,7 +131,7 @@ def settle_colours() -> None:
 
 
 def _folder() -> str:
-    """Return the folder for Ray's files: its default, unless that is too long for the sockets in it."""
+    """Return the folder for Ray's files: its default, unless the paths of its sockets would be too long."""
     name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
     folder = os.environ.get(name, "/tmp")
     if len(os.fsencode(folder + _LONGEST_SOCKET)) <= _MAX_SOCKET_PATH:
@@ -143,7 +143,7 @@ def _folder() -> str:
 
 
 def _ray_counts_gpus() -> bool:
-    """Return whether Ray finds this machine's GPUs by itself: NVIDIA's, by a library that comes with their driver."""
+    """Return whether Ray finds this machine's GPUs itself: it finds NVIDIA's, by a library of their driver."""
     return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libnvidia-ml.so*"))
 
 
@@ -158,7 +158,7 @@ def _existing(folder: str) -> Path:
 
 
 def _free_shared_memory() -> int:
-    """Return the free bytes of shared memory; more than enough on systems that have it elsewhere."""
+    """Return the free bytes of /dev/shm; a very large number on systems without it."""
     try:
         usage = os.statvfs(_SHARED_MEMORY)
     except OSError:
@@ -167,9 +167,10 @@ def _free_shared_memory() -> int:
 
 
 def _settle_token() -> None:
-    """Make a token for this run where Ray cannot keep one in the home folder.
+    """Make a token for this run if Ray cannot store one in the home folder.
 
-    Ray keeps other users off the cluster by a token in ~/.ray, with a warning that there is nothing to do about.
+    Ray keeps other users off the cluster by a token in ~/.ray. Its warning about that is turned off, since the user
+    need not do anything.
     """
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

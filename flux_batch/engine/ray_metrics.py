@@ -1,7 +1,7 @@
 """The figures of a run as Ray metrics, exported to Prometheus as `ray_flux_batch_*`.
 
-Counters restart with each process, so use rate() and increase(); the commits are what counts in the end. There are few
-labels, since each adds a series per worker: the run, and the label of a stage or an error type.
+Counters restart with each process, so use rate() and increase(); exact totals are in the commits. There are few labels,
+since each adds a series per worker: the run, and a stage or an error type.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from flux_batch.telemetry import CounterKey, Metrics
 
 _PREFIX = "flux_batch_"
 _EXPORT_INTERVAL_S = 5.0
-# The counters of a worker: a description, and the name of their label if they have one.
+# The counters of a worker, each with its description and the name of its label, if it has one.
 WORKER_COUNTERS = {
     "images": ("images made", None),
     "failures": ("images that failed", "error_type"),
     "bytes": ("bytes committed, of images and metadata", None),
     "shards": ("shards committed by this worker", None),
-    "stage_seconds": ("seconds spent in a stage; stages run side by side", "stage"),
+    "stage_seconds": ("seconds spent in a stage; stages run in parallel", "stage"),
 }
 WORKER_GAUGES = {
     "encode_queue": "images waiting to be encoded, or being encoded",
     "stage_queue": "batches waiting to be staged, or being staged",
 }
-# The gauges of the driver, about all workers.
+# The gauges of the driver for all workers together.
 POOL_GAUGES = {
     "shards_waiting": "shards that no worker has begun",
     "shards_in_hand": "shards that workers are making",
@@ -53,7 +53,7 @@ class WorkerMetrics:
             self.gauges[name] = Gauge(_PREFIX + name, text, ("run",))
 
     def start(self) -> None:
-        """Export at every interval, as long as the process lives."""
+        """Export the metrics every few seconds until the process ends."""
         threading.Thread(target=self._keep_exporting, name="metrics", daemon=True).start()
 
     def export(self) -> None:
@@ -79,7 +79,7 @@ class WorkerMetrics:
 
 
 class PoolMetrics:
-    """Exports the driver's numbers of shards and workers."""
+    """Exports the numbers of shards and workers that the driver knows."""
 
     def __init__(self, run: str) -> None:
         self._run = run

@@ -1,7 +1,8 @@
-"""The engine on a Ray cluster: a pool of actors that the driver owns; each makes a shard while it finishes the last.
+"""The engine on a Ray cluster: a pool of actors that the driver owns.
 
-Decides where shards run; does not know what they are. The shard of a lost worker goes to another one, and the pool
-replaces the process. Ray's own retries are off, since they would tie a shard to its actor.
+Each actor makes a shard while it finishes the previous one. The pool decides where shards run, and does not know their
+contents. It gives the shard of a lost worker to another one, and replaces the process. Ray's own retries are off, since
+they would tie a shard to its actor.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from flux_batch.telemetry import EngineState
 
 log = logging.getLogger(__name__)
 
-# Seconds of one wait for answers, after which a request to stop is noticed.
+# The longest wait for answers, in seconds; a stop request is noticed after it.
 _POLL_S = 0.5
-# Seconds between two checks of workers, nodes and cluster; the notice of a spot node is at least 30 s.
+# Seconds between two checks of workers, nodes and cluster; a spot node gives at least 30 s of notice.
 _CHECK_INTERVAL_S = 2.0
-# Seconds after which missing workers are logged, and again.
+# Seconds between log lines about missing workers.
 _WARN_AFTER_S = 30.0
-# Workers that are asked for their figures at each check.
+# The number of workers that are asked for their figures at each check.
 _ASKED_AT_ONCE = 64
-# Workers that begin to load their model in a second: a thousand at once would all ask for its weights at once.
+# Workers that begin to load their model per second: a thousand at once would all request the weights at once.
 STARTS_PER_S = 100
-# One idle worker of so many stays at the end of a run, for shards that are slow elsewhere.
+# At the end of a run, one idle worker per this many stays, to help with slow shards.
 _WORKERS_PER_SPARE = 20
 
 
@@ -49,11 +50,11 @@ _WORKERS_PER_SPARE = 20
 class RayPool:
     """Runs shards on up to `max_workers` actors, started while there is work for them.
 
-    `hang_s` seconds without progress end a worker, `load_hang_s` one that loads its model. `drain_s` is how long
-    workers have to put their shards aside, `outage_s` how long storage may be unavailable. At the end of a run, an idle
-    worker also begins a shard that another one has had for `slow_factor` times the usual duration, and for `slow_s`.
-    `name` is that of the run, in metrics. `runtime_env` is that of Ray for the workers, where they need packages that
-    the driver does not have.
+    A worker is killed after `hang_s` seconds without progress, or `load_hang_s` while it loads its model. Stopped
+    workers have `drain_s` to put their shards aside. `outage_s` is the longest time that storage may be unavailable. At
+    the end of a run, an idle worker also begins a shard that another one has had for longer than `slow_s` and
+    `slow_factor` times the usual duration. `name` is the run's name in metrics. `runtime_env` is that of Ray, for
+    workers that need packages of their own.
     """
 
     max_workers: int
@@ -95,9 +96,9 @@ class RayPool:
 
 @dataclass
 class Pool:
-    """The state of one run: the workers and their tasks. `export` gets the gauges now and then.
+    """The state of one run: the workers and their tasks; `export` is called with the gauges.
 
-    A turn costs as much with a thousand workers as with ten: it looks only at those that have answered.
+    A turn of the loop costs the same with a thousand workers as with ten: it looks only at workers that have answered.
     """
 
     options: RayPool
@@ -109,7 +110,7 @@ class Pool:
     workers: Workers = field(default_factory=Workers)
     has_started: bool = False
     failed_starts: int = 0
-    num_asked: int = 0  # for their figures, in this turn
+    num_asked: int = 0  # workers asked for their figures in this round
 
     def __post_init__(self) -> None:
         self.queue = ShardQueue(self.shards, self.options.max_attempts, self.options.outage_s, self.cluster.clock)
@@ -119,9 +120,9 @@ class Pool:
     def results(self) -> Iterator[ShardResult]:
         """Run the pool until every shard has its result, or until a stop is requested.
 
-        Workers that still have a shard then may finish it or put it aside, for `drain_s` seconds since that end or
-        since the request, whichever was earlier: after a stop any of them, else those whose shard another one was
-        quicker with. Those that are left are for `end`.
+        Workers that still have a shard then may finish it or put it aside. They have `drain_s` seconds from that moment
+        or from the stop request, whichever was earlier. Without a stop, these are workers whose shard another one has
+        finished first. `end` kills the workers that are left.
         """
         while not self.queue.is_settled and not self.stop.is_requested:
             self._start_workers()
@@ -145,10 +146,10 @@ class Pool:
         """End every worker."""
         for worker in self.workers:
             self._remove(worker)
-        self._export_metrics()  # gauges keep their last values
+        self._export_metrics()  # once more, since gauges keep their last values
 
     def _start_workers(self) -> None:
-        """Start as many workers as there is work for."""
+        """Start workers, up to the number of shards that are left."""
         for worker in list(self.workers.closed):
             worker.start_again()
             self.workers.update(worker)
@@ -160,7 +161,7 @@ class Pool:
                 self.workers.add(WorkerHandle.start(self.cluster, self._backoff(), self.state.start(), after_s))
 
     def _scale_down(self) -> None:
-        """End workers without work, except a few that may help the others. Their nodes can leave."""
+        """End workers without work, so that their nodes can leave; keep a few for slow shards."""
         if self.queue.num_waiting:
             return
         num_spare = min(-(-self.options.max_workers // _WORKERS_PER_SPARE), self.queue.num_alone)
@@ -182,15 +183,15 @@ class Pool:
             self.workers.update(worker)
 
     def _next_free(self) -> WorkerHandle | None:
-        """Return the worker that has been free for longest; for a shard that is isolated, one that has no other."""
+        """Return the worker that has been free longest; for an isolated shard, one without any other shard."""
         is_isolated = self.queue.is_next_isolated
         return next((worker for worker in self.workers.free if not (is_isolated and worker.finishing)), None)
 
     def _step(self, wait_s: float = _POLL_S) -> Iterator[ShardResult]:
-        """Wait a little for answers and handle them; check on all workers now and then."""
+        """Wait a little for answers and handle them; check all workers if it is time."""
         self.state.waiting_for = self._waits_for()
         for call in self.cluster.wait(wait_s):
-            if worker := self.workers.with_call(call):  # or it was lost with another call
+            if worker := self.workers.with_call(call):  # None if the worker was lost with another call
                 yield from self._on_answer(worker, call)
                 self.workers.update(worker)
         yield from self._check()
@@ -216,7 +217,7 @@ class Pool:
             yield from self._settle(worker, task, outcome)
 
     def _on_start(self, worker: WorkerHandle, failure: Failure | None) -> None:
-        """Add a started worker to the pool. Raises: an error that no worker could start without."""
+        """Record that a worker has started or failed to. Raises: an error that every worker would meet."""
         if failure is None:
             worker.is_up = self.has_started = True
             worker.failure = None
@@ -231,12 +232,12 @@ class Pool:
             worker.failure = failure
             worker.backoff.begin()
             if isinstance(failure.error, DiskFull) and all(each.failure for each in self.workers):
-                raise failure.error  # on every node
+                raise failure.error  # no worker can start
             self.queue.check_outage("a worker could not start", failure)
             return
         self._remove(worker)
         if failure.kind == "device_lost" or (self.has_started and failure.kind != "run_failed"):
-            self._count_failed_start(worker, failure.message)  # this node may be to blame
+            self._count_failed_start(worker, failure.message)  # the cause may be this node
         else:
             raise failure.error or RunIncomplete(f"a worker could not start: {failure.message}")
 
@@ -267,11 +268,11 @@ class Pool:
             self._remove(worker)
 
     def _judged(self, worker: WorkerHandle, outcome: ShardResult | Failure) -> ShardResult | Failure:
-        """Return the outcome of a shard; after several failures in a row it may be the fault of the worker.
+        """Return the outcome of a shard; blame the worker for a second failure in a row.
 
-        Else a node with a broken disk would fail all shards that wait, faster than others make them. The first failure
-        is the shard's, and so are all while no other worker is promising. A model that takes longer to load than
-        `hang_s` promises nothing.
+        Otherwise a node with a broken disk would fail all waiting shards, faster than others make them. The first
+        failure counts against the shard. So do all failures while no other worker is promising; a worker that has been
+        loading for longer than `hang_s` is not.
         """
         if isinstance(outcome, ShardResult):
             worker.num_failed = 0
@@ -287,7 +288,7 @@ class Pool:
         return replace(outcome, kind="worker_failed")
 
     def _stop_duplicates(self, task: Task) -> None:
-        """Stop the workers that make a shard which has its result from another one."""
+        """Stop the workers that still make a shard which another one has finished."""
         for other in self.queue.pointless(task.shard.index):
             if worker := self.workers.with_task(other):
                 self._stop(worker)
@@ -296,22 +297,22 @@ class Pool:
         """Remove a worker that died or hangs; the loss counts against its shards unless its node left."""
         self.cluster.check()
         worker.update_node()
-        self._remove(worker)  # it may still run, cut off from the driver
+        self._remove(worker)  # kills it too: it may still run without contact to the driver
         left_with_node = self.cluster.caused_loss(worker.node, error)
         if left_with_node:
             log.warning("a worker left with its node%s", f" {worker.node[:8]}" if worker.node else "")
         elif not worker.tasks:
             self._count_failed_start(worker, _first_line(error) if error else reason)
-        for task in worker.tasks:  # each is tried alone next, which shows the one that killed the worker
+        for task in worker.tasks:  # each is tried alone next, to find the one that killed the worker
             if left_with_node:
                 self.queue.requeue(task)
             elif result := self.queue.lose(task, reason):
                 yield result
 
     def _count_failed_start(self, lost: WorkerHandle, reason: str) -> None:
-        """Count a worker that was lost while it started, and pause before another is started.
+        """Count a worker that was lost while it started, and pause before the next start.
 
-        Raises: RunIncomplete if too many were in a row, and no other worker is up or starts on another node.
+        Raises: RunIncomplete after too many in a row, if no other worker is up or starts on another node.
         """
         self.failed_starts += 1
         self.start_backoff.begin()
@@ -335,7 +336,7 @@ class Pool:
         return Backoff(self.options.backoff_s, self.cluster.clock)
 
     def _check(self) -> Iterator[ShardResult]:
-        """Check the cluster, drain workers whose nodes leave, and replace those that hang."""
+        """Check the cluster, drain workers of leaving nodes, and replace workers that hang."""
         now = self.cluster.clock()
         since_last_s, interval_s = now - self.last_check, min(_CHECK_INTERVAL_S, self.options.hang_s / 4)
         if since_last_s < interval_s:
@@ -359,14 +360,14 @@ class Pool:
                 yield from self._on_worker_lost(worker, reason, None)
 
     def _why_hung(self, worker: WorkerHandle, now: float) -> str | None:
-        """Return the reason to count a worker as hung, None while there is none."""
+        """Return why a worker counts as hung; None if it does not."""
         if not worker.is_loading:
             return worker.why_hung(now, self.options.hang_s)
         reason = worker.why_hung(now, self.options.load_hang_s)
         return reason and f"{reason} while it loaded its model (failures.load_hang_s)"
 
     def _update_figures(self) -> None:
-        """Ask some workers for their figures, in turn: asking a thousand at once would keep the driver busy."""
+        """Ask the next workers for their figures; asking a thousand at once would block the driver."""
         asked = list(self.workers)[self.num_asked : self.num_asked + _ASKED_AT_ONCE]
         for worker in asked:
             worker.update_figures()
@@ -381,7 +382,7 @@ class Pool:
         )
 
     def _drain(self, worker: WorkerHandle) -> None:
-        """Stop a worker whose node is about to leave; another one begins its shard at once."""
+        """Stop a worker whose node is about to leave; another worker begins its shard at once."""
         if not worker.tasks:
             self._remove(worker)
         elif not worker.is_stopping:
@@ -391,7 +392,7 @@ class Pool:
             self._stop(worker)
 
     def _waits_for(self) -> str:
-        """Return what the run waits for while no worker is up; empty once one is."""
+        """Return a text on what the run waits for; empty once a worker is up."""
         if not self.workers or self.workers.up:
             return ""
         num_placed = sum(bool(worker.node) for worker in self.workers)
@@ -412,7 +413,7 @@ class Pool:
             if num_without:
                 resources = self.cluster.resources()
                 log.warning(
-                    "%d of %d workers have no place yet: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU%s",
+                    "%d of %d workers wait for a node: each needs %g GPU, %g CPU; the cluster has %g GPU, %g CPU%s",
                     num_without,
                     len(self.workers),
                     self.options.num_gpus,

@@ -1,7 +1,6 @@
-"""The shards of a run: those that wait, those in progress, and what becomes of one when its worker is done with it.
+"""The queue of a run's shards: waiting ones, those in progress, and the rules for retries.
 
-Holds the rules of trying again, without processes and without the clock of a cluster: knows neither Ray nor the
-contents of a shard.
+It uses no processes and no cluster; it knows neither Ray nor the contents of a shard.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from flux_batch.records import Attempt, Shard, ShardResult
 
 log = logging.getLogger(__name__)
 
-# Finished shards whose median duration is the usual one: the last ones, since the pace of a run may change.
+# The usual duration is the median of this many last shards, since the pace of a run may change.
 _RECENT_SHARDS = 100
-# Losses that each row of a shard may cost: a worker makes an image that kills it twice, alone, and then gives it up.
+# Losses that a row may cause: an image that kills its worker is made alone twice, and then fails.
 _LOSSES_PER_ROW = 2
 
 
@@ -38,9 +37,9 @@ class Task:
 
 
 class _Waiting:
-    """The shards that no worker has, in the order in which they are given out.
+    """The shards without a worker, in the order in which they are given out.
 
-    Those that were never begun stay in the sequence they came in, which makes each when it is asked for.
+    Shards that were never begun stay in the given sequence, which creates each object only on access.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -53,7 +52,7 @@ class _Waiting:
         return len(self._first) + len(self._fresh) - self._num_begun + len(self._last)
 
     def first(self) -> Shard:
-        """Return the next shard, which goes on waiting."""
+        """Return the next shard without removing it."""
         shard = self.take()
         self.put_first(shard)
         return shard
@@ -76,12 +75,12 @@ class _Waiting:
         self._last.append(shard)
 
     def remove(self, shard: Shard) -> None:
-        """Remove a shard that was put back. Raises: ValueError if it is not here."""
+        """Remove a shard that was put back. Raises: ValueError if it does not wait."""
         (self._first if shard in self._first else self._last).remove(shard)
 
 
 class _Settled:
-    """The numbers of the shards that have their results: one byte each."""
+    """The numbers of the shards with a result, in one byte each."""
 
     def __init__(self) -> None:
         self._marks = bytearray()
@@ -102,7 +101,7 @@ class _Settled:
 
 
 class _Durations:
-    """The durations of the shards that were finished last; their median costs no sorting."""
+    """The durations of the last finished shards, kept sorted for their median."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
@@ -112,7 +111,7 @@ class _Durations:
         return len(self._recent)
 
     def add(self, seconds: float) -> None:
-        """Add a duration, and forget the oldest of too many."""
+        """Add a duration, and drop the oldest if there are too many."""
         if len(self._recent) == _RECENT_SHARDS:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._recent.append(seconds)
@@ -126,11 +125,11 @@ class _Durations:
 
 
 class _Alone:
-    """The tasks whose shard has no other worker, the oldest first."""
+    """The tasks whose shard has only one worker, the oldest first."""
 
     def __init__(self) -> None:
         self._tasks: dict[int, Task] = {}
-        self._by_age: list[tuple[float, int, Task]] = []  # also of tasks that are no longer alone
+        self._by_age: list[tuple[float, int, Task]] = []  # a heap, also with tasks that were removed
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -161,12 +160,12 @@ class _Alone:
 
 
 class ShardQueue:
-    """The shards of a run. Each task given out comes back by exactly one of `settle`, `lose` and `requeue`.
+    """The shards of a run; each task comes back by exactly one of `settle`, `lose` and `requeue`.
 
-    A failure is an answer: it counts, and after `max_attempts` of them the shard is given up. A loss is the end of a
-    worker without an answer: the shard is tried again more carefully, see Attempt, and is given up only after
-    `max_attempts` losses plus 2 a row, which is more than its worker needs to isolate every row that kills it.
-    Unavailable storage costs a shard nothing, but ends the run once it has lasted `outage_s`.
+    A failure is an error that a worker reports: after `max_attempts` failures the shard is given up. A loss is the end
+    of a worker without a report: the shard is retried with more care (see Attempt), and is given up only after
+    `max_attempts` losses plus 2 per row. That is more than workers need to isolate every row that kills them.
+    Unavailable storage does not count against a shard, but ends the run after `outage_s`.
     """
 
     def __init__(
@@ -186,11 +185,11 @@ class ShardQueue:
         self._made: set[Task] = set()  # tasks that only have to be finished
         self._settled = _Settled()
         self._alone = _Alone()
-        self._requeued: set[int] = set()  # shards that wait again
+        self._requeued: set[int] = set()  # shards that were begun and wait again
         self._failures: Counter[int] = Counter()
         self._losses: Counter[int] = Counter()
         self._loss_reasons: dict[int, str] = {}  # of the last loss
-        self._handed_over: set[int] = set()  # shards whose first images a leaving worker still makes
+        self._handed_over: set[int] = set()  # shards that a leaving worker still makes from the start
         self._durations = _Durations()
         self._last_success = -math.inf
         self._outage_began = math.inf
@@ -198,12 +197,12 @@ class ShardQueue:
 
     @property
     def num_waiting(self) -> int:
-        """The number of shards that no worker has."""
+        """The number of shards without a worker."""
         return len(self._waiting)
 
     @property
     def is_next_isolated(self) -> bool:
-        """True if workers were lost on the next shard. Its worker must have no other then, to show which one kills."""
+        """True if workers were lost on the next shard; its worker must then have no other, to find the cause."""
         return bool(self._losses) and bool(self._waiting) and self._losses[self._waiting.first().index] > 0
 
     @property
@@ -213,11 +212,11 @@ class ShardQueue:
 
     @property
     def num_alone(self) -> int:
-        """The number of shards of a single worker, which a second one might speed up."""
+        """The number of shards with a single worker, which a second one might speed up."""
         return len(self._alone)
 
     def pointless(self, index: int) -> Sequence[Task]:
-        """Return the tasks of a shard that has its result from another."""
+        """Return the tasks of a shard that has a result from another task already."""
         return tuple(self._in_progress.get(index, ())) if index in self._settled else ()
 
     def next(self) -> Task | None:
@@ -233,8 +232,8 @@ class ShardQueue:
     def speculate(self, factor: float, min_age_s: float) -> Task | None:
         """Return a second task for the oldest shard if it is far too slow.
 
-        It runs in reverse order. The limit is `factor` times the median of the finished shards, and at least
-        `min_age_s`. Returns None while shards wait, before the first one is finished, and for a shard that has two
+        The task runs in reverse order. The limit is `factor` times the median of the finished shards, at least
+        `min_age_s`. Returns: None while shards wait, before the first one is finished, and for a shard that has two
         workers.
         """
         if self._waiting or not self._durations or not (oldest := self._alone.oldest):
@@ -246,14 +245,14 @@ class ShardQueue:
         return self._begin(oldest.shard, reverse_order=True)
 
     def mark_made(self, task: Task) -> None:
-        """Record that a task only has to be finished. No second worker starts for it."""
+        """Record that a task only has to be finished: no second worker starts for it."""
         self._made.add(task)
         self._note_alone(task.shard.index)
 
     def settle(self, task: Task, outcome: ShardResult | Failure) -> ShardResult | None:
-        """Record how a task ended. The one rule for what each outcome means for its shard.
+        """Record how a task ended, and decide what that means for its shard.
 
-        Returns: the result of the shard if this decides it, None if it is tried again or had its result before.
+        Returns: the result of the shard if this decides it; None if it is retried or had a result before.
         Raises: the error of a failed run; Interrupted if storage has been unavailable for `outage_s`.
         """
         if isinstance(outcome, ShardResult):
@@ -272,11 +271,11 @@ class ShardQueue:
                 self.requeue(task)
             case "worker_failed":
                 self._return(task)
-                self._wait(task.shard)  # last: others may show that the worker can make a shard
+                self._wait(task.shard)  # at the end: other shards may show that this worker can make one
         return None
 
     def lose(self, task: Task, reason: str) -> ShardResult | None:
-        """Record that a worker died or was killed. Returns: the result of its shard if that is given up."""
+        """Record that a worker died or was killed. Returns: the result of its shard if it is given up."""
         index = task.shard.index
         self._losses[index] += 1
         self._loss_reasons[index] = reason
@@ -298,14 +297,14 @@ class ShardQueue:
         return None
 
     def requeue(self, task: Task) -> None:
-        """Put an unfinished shard first in the queue, without counting anything against it."""
+        """Put an unfinished shard first in the queue, without counting a failure or a loss."""
         self._return(task)
         self._wait(task.shard, is_next=True)
 
     def hand_over(self, task: Task) -> None:
         """Queue a shard for another worker, in reverse order.
 
-        The worker that leaves finishes its current batch meanwhile.
+        The leaving worker finishes its current batch meanwhile.
         """
         self._leaving.add(task)
         self._handed_over.add(task.shard.index)
@@ -314,7 +313,7 @@ class ShardQueue:
     def check_outage(self, subject: str, failure: Failure) -> None:
         """Raise Interrupted if storage has been unavailable for `outage_s`, without a success since.
 
-        An outage began when the store that raised the failure first waited, which was before the failure.
+        The outage began when the store of the failed worker began to wait, which is `waited_s` before the failure.
         """
         now = self._clock()
         self._outage_began = min(self._outage_began, max(now - failure.waited_s, self._last_success))
@@ -322,7 +321,7 @@ class ShardQueue:
         if lasted >= self._outage_s:
             raise Interrupted(
                 f"storage has been unavailable for {lasted:.0f} s ({failure.message}); "
-                "run the same command again once that is mended"
+                "run the same command again once it is available"
             )
         level = logging.DEBUG if self._is_outage_logged else logging.WARNING
         self._is_outage_logged = True
@@ -381,7 +380,7 @@ class ShardQueue:
         self._note_alone(task.shard.index)
 
     def _wait(self, shard: Shard, *, is_next: bool = False) -> None:
-        """Queue a shard unless it is settled, queued, or with a worker that stays."""
+        """Queue a shard unless it is settled, queued, or made by a worker that stays."""
         has_worker = any(task not in self._leaving for task in self._in_progress.get(shard.index, ()))
         if shard.index in self._settled or has_worker or shard.index in self._requeued:
             return
@@ -405,7 +404,7 @@ class ShardQueue:
         return ShardResult(shard=shard.index, error=error)
 
     def _note_alone(self, index: int) -> None:
-        """Note whether a second worker might speed a shard up; called after each change of its tasks."""
+        """Record whether a second worker might speed up a shard; called after each change of its tasks."""
         tasks = self._in_progress.get(index, ())
         if len(tasks) == 1 and tasks[0] not in self._made and index not in self._settled:
             self._alone.add(tasks[0])

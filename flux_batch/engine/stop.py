@@ -1,7 +1,6 @@
-"""A request to stop, by a signal or a lost lease, to whatever runs shards.
+"""A request to stop a run, made by a signal or a lost lease.
 
-Knows no shard and no storage. It is one attribute without a lock, since a signal handler may interrupt any line of the
-thread that would hold the lock.
+It has no lock, since a signal handler may interrupt the very thread that holds it.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from types import FrameType
 from flux_batch.errors import Interrupted
 from flux_batch.logs import ENCODING
 
-# SIGHUP comes when the terminal is closed.
+# A closed terminal sends SIGHUP.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds between two looks for a request to stop, while waiting.
+# Seconds between two checks for a stop request while waiting.
 POLL_S = 0.2
 
 
 class Stop:
-    """A request for an orderly end: no new shards, and running ones are finished or put aside. Safe for threads."""
+    """A request for a clean end: no shard is begun, running ones are finished or put aside; thread-safe."""
 
     def __init__(self) -> None:
         self._reason = ""
@@ -44,7 +43,7 @@ class Stop:
 
     @property
     def advice(self) -> str:
-        """The way to go on, as the end of a sentence."""
+        """The advice how to continue, as the end of a sentence."""
         return self._advice
 
     @property
@@ -65,7 +64,7 @@ class Stop:
             raise Interrupted(f"{self._reason}; {self._advice}")
 
     def sleep(self, seconds: float) -> None:
-        """Sleep. Raises: Interrupted as soon as a stop is requested."""
+        """Sleep for `seconds`. Raises: Interrupted as soon as a stop is requested."""
         until = time.monotonic() + seconds
         self.check()
         while (left := until - time.monotonic()) > 0:
@@ -75,7 +74,7 @@ class Stop:
 
 @contextmanager
 def stopped_by_signals(stop: Stop) -> Iterator[None]:
-    """Request a stop at the first SIGTERM, SIGINT or SIGHUP. The second exits at once with code 75.
+    """Request a stop at the first SIGTERM, SIGINT or SIGHUP; exit with code 75 at the second.
 
     Must be entered in the main thread; restores the previous handlers.
     """
@@ -85,14 +84,14 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
         nonlocal first
         name = signal.Signals(number).name
         if first:
-            _write(f"{name} after {first}: leaving at once; what is committed stays, the same command resumes the run")
+            _write(f"{name} after {first}: exiting at once; committed work stays, the same command resumes the run")
             os._exit(Interrupted.exit_code)
         first = name
-        _write(f"{name}: finishing or putting aside the current shards; a second signal leaves at once")
+        _write(f"{name}: finishing or putting aside the current shards; a second signal exits at once")
         stop.request(f"stopped by {name}")
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    replaced = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as nohup sets
+    replaced = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup sets it
     for number in replaced:
         signal.signal(number, on_signal)
     try:
@@ -103,8 +102,11 @@ def stopped_by_signals(stop: Stop) -> Iterator[None]:
 
 
 def _write(sentence: str) -> None:
-    """Write to stderr past its buffer, which the handler may have interrupted; an object where programs read it."""
+    """Write a line to stderr, as JSON if the log is JSON.
+
+    It bypasses the buffer of sys.stderr, since the signal may have interrupted a write to it.
+    """
     fields = {"levelname": "WARNING", "name": __name__, "message": sentence}
     line = json.dumps(fields) if os.environ.get(ENCODING) == "JSON" else f"flux-batch: {sentence}"
-    with suppress(OSError):  # nobody may be left to read it, and an error here would prevent the stop
+    with suppress(OSError):  # the reader may be gone, and an error here would prevent the stop
         os.write(2, f"{line}\n".encode())

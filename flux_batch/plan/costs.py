@@ -1,4 +1,4 @@
-"""The hours and the money of a plan, by a measured, given or remembered speed; what will not pay."""
+"""The hours and the cost of a plan, from a measured, given or remembered speed; warnings about waste."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from flux_batch.errors import number_text, work_text
 from flux_batch.model.optimize.host_memory import total_memory
 from flux_batch.redaction import public_uri
 
-# The speeds of earlier runs on this machine, by model and device.
+# The file with the speeds of earlier runs on this machine, by model and device.
 _SPEEDS = "speeds.json"
 _LONG_SHARD_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The images a second of one worker, and their origin; `when` is in seconds since 1970, of a remembered one."""
+    """The images per second of one worker; `when` is the Unix time of a remembered speed."""
 
     images_per_s: float
     origin: Literal["given", "measured", "remembered"]
@@ -34,7 +34,7 @@ class Speed:
 
 
 def remember_speed(config: JobConfig, images_per_s: float, pflop_per_image: float) -> None:
-    """Write down the speed of a run for later plans; a cache that cannot be written costs nothing but that."""
+    """Store the speed of a run for later plans; ignore a cache that cannot be written."""
     path = cache_folder() / _SPEEDS
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def remember_speed(config: JobConfig, images_per_s: float, pflop_per_image: floa
 
 
 def remembered_speed(config: JobConfig, pflop_per_image: float) -> Speed | None:
-    """Return the speed of an earlier run here, for images of so much work."""
+    """Return the speed of an earlier run here, scaled to images of this work."""
     try:
         found = _read_speeds(cache_folder() / _SPEEDS)[_key(config)]
         return Speed(found["pflop_per_s"] / pflop_per_image, "remembered", found["unix_time"])
@@ -65,11 +65,11 @@ def costs(
     num_committed: int | None = None,
     past_hours: float = 0.0,
 ) -> dict[str, Any]:
-    """Return hours, money and what will not pay.
+    """Return hours, cost and warnings.
 
-    price: that of an hour of a GPU, or of a worker without one. is_here: whether workers run on this machine.
-    num_committed: the shards that a run has committed; None where no run was begun, whose shard size may still change.
-    past_hours: the hours that the workers of that run had their devices.
+    price: the price of a GPU-hour, or of a worker-hour without GPUs. is_here: True if workers run on this machine.
+    num_committed: the number of committed shards of the run; None before it was begun, when the shard size may still
+    change. past_hours: the device hours of the run so far.
     """
     workers = config.workers
     warnings = _without_a_card(config, figures["memory"])
@@ -94,12 +94,12 @@ def costs(
     }
     limit = workers.max_gpu_hours
     if limit is not None and past_hours < limit < past_hours + device_hours:
-        found["warnings"].append(f"workers.max_gpu_hours = {limit:g} ends the run before that")
+        found["warnings"].append(f"workers.max_gpu_hours = {limit:g} stops the run before it is complete")
     return found
 
 
 def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return hours, money and what will not pay as rows of a table."""
+    """Return hours, cost and warnings as rows of a table."""
     rows: list[tuple[str, str]] = []
     if speed := found["speed"]:
         when = f" on {time.strftime('%Y-%m-%d', time.gmtime(speed['unix_time']))}" if speed["unix_time"] else ""
@@ -116,7 +116,7 @@ def cost_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _time_text(hours: float) -> str:
-    """Return hours in a unit that suits them."""
+    """Return hours as text in a suitable unit."""
     for unit, number in (("h", hours), ("min", 60 * hours)):
         if number >= 1:
             return f"{number_text(number)} {unit}"
@@ -131,18 +131,18 @@ def _too_large(memory: Mapping[str, Any]) -> list[str]:
     here = total_memory()
     if here is None or needed <= here:
         return []
-    return [f"{needed / 1e9:.1f} GB a worker, this machine has {here / 1e9:.1f} GB"]
+    return [f"a worker needs {needed / 1e9:.1f} GB, this machine has {here / 1e9:.1f} GB"]
 
 
 def _without_a_card(config: JobConfig, memory: Mapping[str, Any]) -> list[str]:
-    """Return a warning if no GPU has room for a batch."""
+    """Return a warning if a batch fits into the memory of no GPU."""
     if "fits_gb" in memory and not memory["fits_gb"] and config.workers.num_gpus:
         return [f"a batch of {memory['batch_size']} fits on no card: set workers.batch_size lower"]
     return []
 
 
 def _wrong_shard_size(config: JobConfig, figures: Mapping[str, Any], speed: Speed | None) -> list[str]:
-    """Return warnings about shards of more than an hour and about idle workers."""
+    """Return warnings about shards that take more than an hour, and about idle workers."""
     found, workers = [], config.workers
     images_per_shard = config.output.shard_size * config.sampling.num_images_per_prompt
     if speed is not None and images_per_shard / speed.images_per_s > _LONG_SHARD_S:
@@ -166,7 +166,7 @@ def _key(config: JobConfig) -> str:
 
 
 def _device(num_gpus: float) -> str:
-    """Return the name of this machine's GPU, or of its processor's kind."""
+    """Return the name of this machine's GPU; without GPUs, the number of its CPUs."""
     if not num_gpus:
         return f"CPU x{os.cpu_count()}"
     for path in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")):

@@ -1,4 +1,4 @@
-"""A job file drafted from the prompts that it is for."""
+"""A draft of a job file for given prompts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flux_batch.prompts.source import PROMPT_NAMES, PromptSource, near_field
 from flux_batch.redaction import public_uri
 from flux_batch.sampling_params import ALIASES
 
-# The first rows of a file without a header, which tell its columns.
+# The number of first rows that tell the columns of a file without a header.
 _ROWS_READ = 10_000
-# Names that columns have in public data sets, the likeliest first.
+# Names of columns in public data sets, the likeliest first.
 _NAMES = {
     "prompt": PROMPT_NAMES,
     "id": ("id", "uid", "uuid", "key", "image_id", "prompt_id", "__key__"),
@@ -23,16 +23,16 @@ _NAMES = {
 
 
 def draft_job(uri: str, prompts: PromptsConfig) -> str:
-    """Return a job file with comments for prompts, which it calls `uri`.
+    """Return a job file with comments for prompts; it contains `uri` as their address.
 
     Raises: JobError if no column looks like prompts.
     """
     columns = _columns_of(PromptSource(prompts))
     known = {field: found for field in PROMPT_FIELDS if (found := _first(columns, _NAMES.get(field, (field,))))}
     if not columns:
-        raise JobError(f"{uri}: no row of it can be read; a CSV file with the header `prompt` will do")
+        raise JobError(f"{uri}: no row of it can be read; use e.g. a CSV file with the header `prompt`")
     if "prompt" not in known:
-        raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}; call one of them `prompt`")
+        raise JobError(f"{uri}: no column looks like prompts; it has {', '.join(columns)}; rename one to `prompt`")
     known = _with_near_names(known, columns)
     mapped = {field: column for field, column in known.items() if field != column}
     others = [each for each in columns if each not in (*known.values(), *ALIASES)]
@@ -50,11 +50,11 @@ def draft_job(uri: str, prompts: PromptsConfig) -> str:
 
 
 def _with_near_names(known: dict[str, str], columns: list[str]) -> dict[str, str]:
-    """Return the column of each field, also under names of other programs, as `steps`."""
-    found = {ALIASES[column]: column for column in columns if column in ALIASES}  # which is read by that name
+    """Return the column of each field, also under names of other programs, e.g. `steps`."""
+    found = {ALIASES[column]: column for column in columns if column in ALIASES}  # rows are read by aliases anyway
     for column in columns:
         field = near_field(column)
-        # A column `n` may as well number the rows, and would multiply the images.
+        # A column `n` may number the rows: as num_images_per_prompt it would multiply the images.
         if field and field != "num_images_per_prompt" and column not in known.values():
             found.setdefault(ALIASES.get(field, field), column)
     return {**{field: column for field, column in found.items() if column not in ALIASES}, **known}
@@ -67,13 +67,13 @@ def _columns_of(source: PromptSource) -> list[str]:
 
 
 def _first(columns: list[str], names: tuple[str, ...]) -> str:
-    """Return the column with the first of `names`, whatever its case; empty if there is none."""
+    """Return the column with the first of `names`, ignoring case; empty if there is none."""
     by_name = {column.strip().lower(): column for column in reversed(columns)}
     return next((by_name[name] for name in names if name in by_name), "")
 
 
 def _quoted(text: str) -> str:
-    """Return a text as YAML: plain where that is safe, else as JSON writes it."""
+    """Return a text as YAML: plain if that is safe, else quoted as in JSON."""
     is_plain = re.fullmatch(r"[A-Za-z_/][\w./:-]*", text) and load_yaml(text, "") == text
     return text if is_plain else json.dumps(text, ensure_ascii=not text.isprintable())
 
@@ -97,7 +97,7 @@ output:
   image: {{type: png}}  # or jpeg, webp
 
 model:
-  uri: demo  # the small model in the package; for images that mean something /models/FLUX.1-dev
+  uri: demo  # the small model in the package; for real images e.g. /models/FLUX.1-dev
 
 sampling:  # a column of the same name overrides each of these for its row
   width: 128  # 1024 for FLUX.1-dev

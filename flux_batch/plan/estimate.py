@@ -1,4 +1,4 @@
-"""A rough estimate of a plan's cost: images, bytes, device hours. It says what it assumes."""
+"""A rough estimate of a plan's images, bytes and device hours, with its assumptions stated."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from flux_batch.plan.memory import (
 from flux_batch.plan.plan import Plan
 from flux_batch.sampling_params import num_image_tokens
 
-# A round figure between what eager and compiled bf16 pipelines are published to reach on an H100; not measured here.
+# A round number between published figures of eager and compiled bf16 pipelines on an H100; not measured here.
 ASSUMED_FLOPS = 450e12
-# Fewer hours than this at an assumed speed say nothing.
+# Fewer hours than this are not shown: the assumed speed is too rough for them.
 _LEAST_HOURS = 0.05
-# The columns that decide the work of an image.
+# The metadata columns that determine the work of an image.
 _OF_WORK = ("width", "height", "num_inference_steps", "denoising_strength", "cfg_scale")
-# Bytes a pixel, from photographs: PNG is lossless, JPEG and WebP at quality 95.
+# Bytes per pixel, from photographs; JPEG and WebP at quality 95.
 _BYTES_PER_PIXEL = {"png": 1.5, "jpeg": 0.5, "webp": 0.35}
 
 
 def estimate(config: JobConfig, plan: Plan, bytes_per_image: float | None = None) -> dict[str, Any]:
-    """Return an estimate of a run from its defaults; values of rows are not read.
+    """Return an estimate of a run from the job's defaults; rows are not read.
 
-    bytes_per_image: of images of the run that are there; otherwise a guess by their size.
+    bytes_per_image: the mean of the run's existing images; None estimates it from their size in pixels.
     """
     sampling = config.sampling
     num_images = plan.num_prompts * sampling.num_images_per_prompt
@@ -93,18 +93,18 @@ def _steps_of(config: JobConfig) -> int:
 
 
 def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool = False) -> list[tuple[str, str]]:
-    """Return an estimate as rows of a table; with a speed known, hours at an assumed one are left out."""
+    """Return an estimate as rows of a table; has_speed leaves out the hours at an assumed speed."""
     sampling = config.sampling
     hours = f": about {number_text(figures['device_hours'])} GPU-hours at an assumed {ASSUMED_FLOPS / 1e12:g} TFLOP/s"
     if has_speed or not config.workers.num_gpus or figures["device_hours"] < _LEAST_HOURS:
         hours = ""
     for_dev = " for FLUX.1-dev" if figures["is_counted_for_dev"] else ""
-    of_samples = " as the images that are there" if figures["is_of_samples"] else ""
+    of_samples = ", estimated from the images that exist" if figures["is_of_samples"] else ""
     return [
         (
             "images",
             f"{figures['num_images']} of {sampling.width} x {sampling.height}, "
-            f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows say otherwise",
+            f"{_steps(sampling.num_inference_steps, figures['steps_per_image'])}, unless rows set other values",
         ),
         *_quality_rows(config, figures),
         ("shards", f"{figures['num_shards']}, each of up to {count_of(config.output.shard_size, 'prompt')}"),
@@ -119,7 +119,7 @@ def estimate_rows(config: JobConfig, figures: dict[str, Any], *, has_speed: bool
 
 
 def job_rows(config: JobConfig) -> list[tuple[str, str]]:
-    """Return model, output and workers of a job as rows of a table."""
+    """Return the name, model, output and workers of a job as rows of a table."""
     workers = config.workers
     return [
         ("job", config.name),
@@ -134,7 +134,7 @@ def job_rows(config: JobConfig) -> list[tuple[str, str]]:
 
 
 def prompt_rows(config: JobConfig, plan: Plan) -> list[tuple[str, str]]:
-    """Return prompts and columns of a plan as rows of a table."""
+    """Return the prompts and columns of a plan as rows of a table."""
     files = f" in {count_of(len(plan.shards.files), 'file')}" if config.prompts.uri else ""
     rows = [("prompts", f"{plan.num_prompts}{files}"), *(("", note) for note in plan.notes)]
     if columns := config.prompts.columns:
@@ -157,7 +157,7 @@ def _quality_rows(config: JobConfig, figures: dict[str, Any]) -> list[tuple[str,
 
 
 def _size_of_model(config: JobConfig) -> TransformerSize | None:
-    """Return the size of the job's transformer; None if the model is not on this machine, or not whole."""
+    """Return the size of the job's transformer; None if the model is missing here or incomplete."""
     model = config.model
     if model.pipeline:
         return None
@@ -169,7 +169,7 @@ def _size_of_model(config: JobConfig) -> TransformerSize | None:
 
 
 def _controlnets_flops(config: JobConfig, base: TransformerSize, steps: int) -> int:
-    """Return the operations of an image's ControlNets, once a step at which they count; 0 for those not here."""
+    """Return the operations of an image's ControlNets, at the steps that use them; 0 if one is not here."""
     sampling = config.sampling
     tokens = num_image_tokens(sampling.width, sampling.height), sampling.t5_sequence_length or TEXT_TOKENS
     try:

@@ -1,6 +1,6 @@
-"""A rough estimate of a worker's memory, and the cards that have it.
+"""A rough estimate of a worker's memory, and the GPU memory sizes that suffice.
 
-It is counted from the headers of the checkpoint and the job's sizes; no weights are read.
+It is computed from the checkpoint's headers and the job's sizes; no weights are read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flux_batch.model.footprint import decode_bytes, denoise_bytes, residual_byt
 from flux_batch.model.params import Shapes
 from flux_batch.sampling_params import num_image_tokens
 
-# A card of 24 GB has 24 x 2^30 bytes and is counted as 24 x 10^9: what is between the two, 7 %, is left to CUDA, to
-# the convolutions' workspace and to what the allocator cannot use.
+# A card of 24 GB has 24 x 2^30 bytes but counts as 24 x 10^9. The difference, 7 %, is for CUDA, the workspace of
+# convolutions and fragmentation of the allocator.
 _CARDS_GB = (16, 24, 40, 48, 80, 141)
 CHOICES = (
     ("bfloat16", "none"),
@@ -30,27 +30,27 @@ CHOICES = (
     ("float16", "fp8"),
     ("float32", "none"),
 )
-# Text tokens of a job that does not say: those of FLUX.1-dev.
+# Text tokens if a job sets no number: those of FLUX.1-dev.
 TEXT_TOKENS = 512
-# Image tokens of a reference image at the sizes that Kontext was trained with: from 4042 to 4150.
+# Tokens of a reference image: 4042 to 4150 at the sizes of Kontext's training.
 _REFERENCE_TOKENS = 4096
 # Tokens of an image prompt: the patches of SigLIP so400m.
 _PROMPT_TOKENS = 729
-# What reads image prompts, and its vision tower.
+# The model parts that read image prompts.
 _PROMPT_PARTS = ("redux", "ip_adapter", "image_encoder")
 
 
 def reference_tokens(config: JobConfig) -> int:
-    """Return the tokens that a reference image adds to each step of a Kontext; 0 for any other model.
+    """Return the tokens that a reference image adds to each step of a Kontext model; 0 for other models.
 
-    A Kontext is told by its names: rows are not read.
+    Kontext is recognised by the variant or the model's names. Rows are not read.
     """
     model = config.model
     return _REFERENCE_TOKENS if is_kontext(model.variant, model.uri.split("/")) else 0
 
 
 def controlnet_shapes(config: JobConfig) -> dict[str, Shapes]:
-    """Return the shapes of each ControlNet of a job, by address. Raises: ValueError for one not on this machine."""
+    """Return the shapes of a job's ControlNets, by address. Raises: ValueError for one not on this machine."""
     model, found = config.model, {}
     for uri in dict.fromkeys(net.uri for net in model.controlnets):
         source = find_local_model(uri, model.storage_options)
@@ -61,15 +61,15 @@ def controlnet_shapes(config: JobConfig) -> dict[str, Shapes]:
 
 
 def prompt_tokens(config: JobConfig) -> int:
-    """Return the tokens that an image prompt adds to a job's texts; 0 without Redux.
+    """Return the tokens that an image prompt adds to the text tokens; 0 without Redux.
 
-    Counted for one image a row: rows are not read.
+    They are counted for one image per row, since rows are not read.
     """
     return _PROMPT_TOKENS if config.model.redux else 0
 
 
 def _prompt_shapes(config: JobConfig) -> dict[str, Shapes]:
-    """Return the shapes of what reads image prompts, and of its vision tower. Raises: ValueError if not here."""
+    """Return the shapes of Redux or IP-Adapters, and of their image encoder. Raises: ValueError if not here."""
     model, find = config.model, (ip_adapter_files if config.model.ip_adapter else redux_files)
     reader = model.redux or model.ip_adapter
     if reader is None:
@@ -79,7 +79,7 @@ def _prompt_shapes(config: JobConfig) -> dict[str, Shapes]:
     if missing := [uri for uri, path in here.items() if path is None]:
         raise ValueError(f"{missing[0]} is not on this machine")
     tower = here[reader.image_encoder] if reader.image_encoder else None
-    # A tower that several have in common is loaded once.
+    # An image encoder that several adapters share is loaded once.
     files = [find(source, tower) for uri in reader.uris if (source := here[uri])]
     part, encoders = "redux" if model.redux else "ip_adapter", dict.fromkeys(encoder for _, encoder in files)
     return {
@@ -89,19 +89,19 @@ def _prompt_shapes(config: JobConfig) -> dict[str, Shapes]:
 
 
 def _joined(models: Iterable[Shapes]) -> Shapes:
-    """Return the shapes of several models as those of one."""
+    """Return the shapes of several models, with names prefixed by their number."""
     return {f"{number}.{name}": shape for number, shapes in enumerate(models) for name, shape in shapes.items()}
 
 
 def memory(config: JobConfig) -> dict[str, Any]:
     """Return a worker's bytes by part, for the job and for other dtypes and quantizations.
 
-    Sizes of rows are not read. `least_bytes` are those where memory is short. `error` says why the model cannot be
-    counted, such as one not on this machine.
+    Sizes in rows are not read. `least_bytes` is the total if memory is short. `error` says why the model's memory is
+    not known, e.g. if it is not on this machine.
     """
     model = config.model
     if model.pipeline:
-        return {"error": f"the pipeline {model.pipeline} does not say what it needs"}
+        return {"error": f"the pipeline {model.pipeline} does not say how much it needs"}
     try:
         source = find_local_model(model.uri, model.storage_options)
         if source is None:
@@ -131,10 +131,9 @@ def _parts_bytes(
 ) -> dict[str, int]:
     """Return the bytes of each part's weights and of the activations: the larger of denoising and decoding.
 
-    The text encoders' activations are smaller than either, but for images that are themselves small. Encoders that
-    are offloaded take none of their own, but what the activations take while there are none. With CUDA graphs, what
-    denoising takes is taken throughout. The residuals of ControlNets are there while the transformer runs, and their
-    sum beside them if there are several.
+    The activations of text encoders are smaller than both, except for small images. Offloaded text encoders use the
+    memory of the activations while these do not exist. With CUDA graphs, the memory of denoising is held all the time.
+    The residuals of ControlNets exist while the transformer runs; for several ControlNets, their sum exists as well.
     """
     sampling, batch_size = config.sampling, _batch_size_of(config)
     width, height = sampling.width, sampling.height
@@ -160,9 +159,10 @@ def _parts_bytes(
 
 
 def _scorer_bytes(config: JobConfig) -> dict[str, int]:
-    """Return the bytes of the model that judges images beside the pipeline; empty for a judge without one.
+    """Return the bytes of the scorer's model; empty if it has none.
 
-    They are those of its files, as it is loaded in their dtype. One of somebody's own does not say what it needs.
+    They are the sizes of its files, since it is loaded in their dtype. A scorer on the CPU beside a pipeline on a GPU
+    is not counted, and the memory of a user's own scorer is not known.
     Raises: ValueError for a model that is not on this machine.
     """
     quality = config.quality
@@ -171,26 +171,26 @@ def _scorer_bytes(config: JobConfig) -> dict[str, int]:
     if config.workers.num_gpus and quality.options.get("device") == "cpu":
         return {}
     if (source := find_local_model(uri)) is None:
-        raise ValueError(f"{uri}, by which quality.score judges, is not on this machine")
+        raise ValueError(f"{uri}, the model of quality.score, is not on this machine")
     files = [path for suffix in ("safetensors", "bin") for path in source.glob(f"*.{suffix}")]
     return {"scorer": sum(path.stat().st_size for path in files if path.suffix == files[0].suffix)}
 
 
 def _expected_dtype(config: JobConfig) -> str:
-    """Return the dtype of the job; for `auto` bfloat16, as GPUs of today take it, or this CPU's own without GPUs."""
+    """Return the dtype of the job; for `auto`, bfloat16 on GPUs, and this CPU's native dtype without."""
     if config.model.dtype != "auto":
         return config.model.dtype
     if config.workers.num_gpus:
         return "bfloat16"
-    from flux_batch.model.optimize.dtypes import dtype_name, native_dtype  # torch: seconds of imports
+    from flux_batch.model.optimize.dtypes import dtype_name, native_dtype  # imports torch, which takes seconds
 
     return dtype_name(native_dtype("cpu"))
 
 
 def _least_choice(config: JobConfig) -> tuple[str, str]:
-    """Return the dtype and the quantization of the job where memory is short.
+    """Return the dtype and the quantization that the job uses if memory is short.
 
-    A CPU then keeps matrices in bfloat16.
+    A CPU then stores matrices in bfloat16.
     """
     dtype, quantization = _expected_dtype(config), config.model.quantization
     is_narrowed = not config.workers.num_gpus and config.model.dtype == "auto" and dtype == "float32"
@@ -198,20 +198,20 @@ def _least_choice(config: JobConfig) -> tuple[str, str]:
 
 
 def _batch_size_of(config: JobConfig) -> int:
-    """Return the number of images in one forward pass; for `auto` 1, the least that must fit."""
+    """Return the number of images in one forward pass; 1 for `auto`, which must fit at least."""
     size = config.workers.batch_size
     return 1 if size == "auto" else size
 
 
 def _fit(num_bytes: int) -> dict[str, Any]:
-    """Return the sum and the cards that have as many bytes."""
+    """Return the total and the cards, in GB, that it fits."""
     return {"total_bytes": num_bytes, "fits_gb": [card for card in _CARDS_GB if num_bytes <= card * 10**9]}
 
 
 def memory_rows(figures: dict[str, Any], *, has_cards: bool = True) -> list[tuple[str, str]]:
-    """Return the figures as rows of a table; other dtypes are there where not all of them fit on the same cards.
+    """Return the figures as rows of a table; other dtypes are shown if they fit on different cards.
 
-    has_cards: whether workers have a GPU.
+    has_cards: True if workers have a GPU.
     """
     if "error" in figures:
         return [("memory", f"not known: {figures['error']}")]
@@ -233,11 +233,11 @@ def _choice_text(choice: dict[str, Any]) -> str:
 
 
 def _cards(figures: dict[str, Any]) -> str:
-    """Return the cards that are large enough as text."""
+    """Return the smallest sufficient card as text."""
     cards = figures["fits_gb"]
-    return f"fits a card of {cards[0]} GB" if cards else "more than a card has"
+    return f"fits a card of {cards[0]} GB" if cards else "fits no card"
 
 
 def _gigabytes(num_bytes: int) -> str:
-    """Return a size in GB of 10^9 bytes, no finer than it is known."""
+    """Return a size in GB of 10^9 bytes, with few digits."""
     return f"{num_bytes / 1e9:.2g}" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f}"

@@ -1,6 +1,7 @@
-"""The plan: data set -> ordered shards, made once from row counts, saved, and never changed.
+"""The plan: data set -> ordered shards, made once from row counts and saved.
 
-Knows row counts; reads no prompt. A resumed run loads it and checks that the files are the same.
+Planned shards never change; new files only append shards. This module knows row counts and reads no prompt. A resumed
+run loads the plan and checks that the files are the same.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from flux_batch.records import FileRange
 
 _READER_THREADS = 16
 FILES_AT_ONCE = 1000
-# Rows of a saved plan that are objects at a time.
+# Rows of a saved plan that are converted to Python objects at a time.
 _PARTS_AT_ONCE = 10_000
-# The errors that readers raise for the bytes of a damaged plan.
+# The errors that reading a damaged plan raises.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
-# Shards that a notebook shows of a plan, and files that differ from those of the run.
+# The numbers of shards shown in a notebook, and of changed files listed in an error.
 _SHARDS_SHOWN, _FILES_SHOWN = 20, 20
 
 
@@ -43,8 +44,8 @@ _SHARDS_SHOWN, _FILES_SHOWN = 20, 20
 class Plan:
     """The shards of a run in order, its files, and the types of passthrough columns.
 
-    `rules` are those by which the files were listed; `lists` is the version of the lists of samplers. `notes` says what
-    was left out when it was made, and why.
+    `rules` is the version of the rules by which the files were listed, `lists` that of the samplers' lists of values.
+    `notes` says which files were left out when the plan was made, and why, and which columns are unused.
     """
 
     shards: Shards
@@ -91,8 +92,8 @@ class Plan:
     def from_parquet(cls, data: bytes, files: Sequence[PromptFile], *, new_files: bool = False) -> Plan:
         """Read a plan and bind it to the current files of the data set.
 
-        Raises: PlanMismatch if a file was removed or changed since, or added, unless `new_files` are welcome;
-        ValueError if it is not a plan.
+        Raises: PlanMismatch if a file was removed or changed since, or added without `new_files`; ValueError if `data`
+        is not a plan.
         """
         rules = rules_of_plan(data)
         try:
@@ -119,7 +120,7 @@ def rules_of_plan(data: bytes) -> int:
 
 
 def _opened(data: bytes) -> pq.ParquetFile:
-    """Open a saved plan. Its footer names every file; with a million of them, pyarrow refuses it by default."""
+    """Open a saved plan; its footer may name a million files, too long for pyarrow's default limit."""
     return pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=max(1, len(data)))
 
 
@@ -140,7 +141,7 @@ def _file_range(file: PromptFile, rows: RowRange) -> FileRange:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The part of a saved plan that needs no data set: rows of each shard, types of passthrough columns."""
+    """The part of a saved plan that needs no data set: rows per shard, types of passthrough columns."""
 
     num_rows: array[int]
     passthrough: pa.Schema
@@ -165,9 +166,9 @@ class Outline:
 
 
 def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
-    """Return a plan of shards of at most `shard_size` rows; small files, and ends of files, share shards.
+    """Return a plan of shards with at most `shard_size` rows; small files and ends of files share shards.
 
-    Reads listings and Parquet footers (text formats are streamed once). Raises: SourceError if there is nothing to do.
+    It reads listings and Parquet footers, and streams text formats once. Raises: SourceError if there are no rows.
     """
     plan = extended(Plan(shards=Shards.none(), files=(), passthrough=pa.schema([])), prompts, shard_size)
     if not plan.shards:
@@ -178,7 +179,7 @@ def make_plan(prompts: PromptsConfig, shard_size: int) -> Plan:
 def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     """Return a plan with the new files of the data set appended as shards; planned shards do not change.
 
-    Returns: the very same plan if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit.
+    Returns: the same object if no file is new. Raises: SourceError; PlanMismatch if the new files do not fit.
     """
     source = PromptSource(prompts, plan.rules)
     planned = {file.name for file in plan.files}
@@ -196,7 +197,7 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
     used = [file for file in files if file.name in names]
     passthrough = plan.passthrough
     if num_new:
-        # Beside planned files, a column without a value fits any type.
+        # With planned files, a column without values has the null type here, which fits the type in the plan.
         found = source.passthrough_schema(used, pa.null() if plan.shards else pa.string())
         if plan.shards:
             _check_fits(plan, num_new, found)
@@ -213,7 +214,7 @@ def extended(plan: Plan, prompts: PromptsConfig, shard_size: int) -> Plan:
 
 
 def random_rows(plan: Plan, prompts: PromptsConfig, num_rows: int) -> Plan:
-    """Return a plan of one shard with rows from all over another, in their order; others at each call."""
+    """Return a plan of one shard with random rows of another plan, in their order."""
     numbers = sorted(SystemRandom().sample(range(plan.num_prompts), min(num_rows, plan.num_prompts)))
     ends = plan.shards.row_ends
     source = PromptSource(prompts, plan.rules)
@@ -225,7 +226,7 @@ def random_rows(plan: Plan, prompts: PromptsConfig, num_rows: int) -> Plan:
 
 
 def check_same_job(saved: JobConfig, config: JobConfig) -> None:
-    """Raise PlanMismatch with every difference if `config` would make other images than the saved run."""
+    """Raise PlanMismatch with every difference if `config` would make different images than the saved run."""
     before, now = saved.identity(), config.identity()
     changed = [f"  {key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]]
     if changed:
@@ -236,7 +237,7 @@ def check_same_job(saved: JobConfig, config: JobConfig) -> None:
 
 
 def check_same_lists(plan: Plan, lists: str) -> None:
-    """Raise PlanMismatch for lists of values that differ from those of the run; old plans do not say."""
+    """Raise PlanMismatch if the lists of values differ from the run's; old plans have no record of them."""
     if plan.lists and plan.lists != lists:
         raise PlanMismatch(
             "a list of values in a file, of prompts.samplers or prompts.wildcards, has changed since the run was "
@@ -245,24 +246,24 @@ def check_same_lists(plan: Plan, lists: str) -> None:
 
 
 def _check_fits(plan: Plan, num_new: int, passthrough: pa.Schema) -> None:
-    """Raise PlanMismatch for new shards that would change names or columns of the planned ones."""
+    """Raise PlanMismatch if new shards would change names or column types of planned ones."""
     num_shards = len(plan.shards) + num_new
     if shard_name(0, num_shards) != shard_name(0, len(plan.shards)):
         raise PlanMismatch(
-            f"{num_new} new shards make {num_shards}, and the names of the {len(plan.shards)} that are there are too "
-            "short for so many: use another output.uri for the new files"
+            f"{num_new} new shards make {num_shards} in all, but the names of the {len(plan.shards)} existing shards "
+            "have too few digits for that: use another output.uri for the new files"
         )
     for column in plan.passthrough:
         new = passthrough.field(column.name).type
         if not _holds(column.type, new):
             raise PlanMismatch(
-                f"the new prompts have {new} in column {column.name!r}, which prompts.passthrough names, where the run "
-                f"has {column.type}"
+                f"the new prompts have type {new} in column {column.name!r} of prompts.passthrough, but the run has "
+                f"{column.type}"
             )
 
 
 def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
-    """Return whether a column of one type takes values of another and keeps its type."""
+    """Return whether a column of type `kind` can hold values of type `new`."""
     fields = [pa.schema([("", kind)]), pa.schema([("", new)])]
     try:
         return bool(pa.unify_schemas(fields, promote_options="permissive").field(0).type == kind)
@@ -273,7 +274,7 @@ def _holds(kind: pa.DataType, new: pa.DataType) -> bool:
 def _cut(
     source: PromptSource, files: Sequence[PromptFile], shard_size: int, limit: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[list[RowRange]]:
-    """Yield the row ranges of each file, with a limit only the first ones; a thousand files are read ahead."""
+    """Yield the row ranges of each file, with a limit only the first ones; read a thousand files at a time."""
     at_most = None if limit is None else max(1, limit)
     for first in range(0, len(files), FILES_AT_ONCE):
         some = files[first : first + FILES_AT_ONCE]
@@ -292,7 +293,7 @@ def _limited(pieces: Iterable[tuple[PromptFile, RowRange]], limit: int | None) -
 
 
 def _shared(parts: Iterable[FileRange], shard_size: int) -> Iterator[tuple[FileRange, ...]]:
-    """Yield the parts of each shard: those that follow each other share one as long as they fit into it whole."""
+    """Yield the parts of each shard: consecutive parts share a shard as long as all rows fit."""
     shard: list[FileRange] = []
     num_rows = 0
     for part in parts:

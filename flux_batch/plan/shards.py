@@ -1,4 +1,4 @@
-"""The shards of a plan, kept in columns: an object is made when one is asked for."""
+"""The shards of a plan, stored in columns; a Shard object is created on access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from flux_batch.records import FileRange, Shard
 
-# One row a part of a shard; `file` is the name of a prompts file, relative to the data set.
+# One row for each part of a shard; `file` is the name of a prompts file, relative to the data set.
 _COLUMNS = pa.schema(
     [
         ("shard", pa.int32()),
@@ -33,8 +33,8 @@ class Shards(Sequence[Shard]):
     """The shards of a plan, or some of them, in order.
 
     A shard takes some 30 bytes here, and a thousand as an object. `parts` has the columns above for every shard of the
-    plan, numbered from 0; `ends` the row behind each shard's last part; `uris` the address of each file; `numbers` the
-    shards that belong to this sequence.
+    plan, numbered from 0. `ends` has the row after each shard's last part, `uris` the address of each file, `numbers`
+    the shards that belong to this sequence.
     """
 
     parts: pa.RecordBatch
@@ -44,7 +44,7 @@ class Shards(Sequence[Shard]):
 
     @classmethod
     def from_columns(cls, parts: pa.Table, uris: Mapping[str, str]) -> Shards:
-        """Return the shards that a table of parts describes; early ones have no `line`."""
+        """Return the shards that a table of parts describes; old tables have no column `line`."""
         if "line" not in parts.column_names:
             parts = parts.append_column("line", pa.repeat(0, len(parts)))
         batch = parts.cast(_COLUMNS).combine_chunks().to_batches()
@@ -54,11 +54,11 @@ class Shards(Sequence[Shard]):
 
     @classmethod
     def none(cls) -> Shards:
-        """Return a sequence without shards, to be extended."""
+        """Return an empty sequence."""
         return cls.from_columns(_COLUMNS.empty_table(), {})
 
     def extended(self, parts: Iterable[Sequence[FileRange]]) -> Shards:
-        """Return these shards and new ones behind them, numbered on."""
+        """Return these shards and new ones after them, with the next numbers."""
         uris = dict(self.uris)
         tables = [pa.Table.from_batches([self.parts])]
         rows = _rows(parts, len(self.ends), uris)
@@ -67,7 +67,7 @@ class Shards(Sequence[Shard]):
         return Shards.from_columns(pa.concat_tables(tables).unify_dictionaries(), uris)
 
     def without(self, is_done: Sequence[int]) -> Shards:
-        """Return the shards that are left; `is_done` has a 1 for each shard of the plan that is not."""
+        """Return the shards that are left; `is_done` has a 1 for each finished shard of the plan."""
         return replace(self, numbers=array("i", (number for number in self.numbers if not is_done[number])))
 
     @property
@@ -87,7 +87,7 @@ class Shards(Sequence[Shard]):
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that the plan has rows of, in order."""
+        """The names of the files in the plan, in order."""
         names: list[str] = pc.unique(self.parts["file"]).to_pylist()
         return names
 
@@ -100,7 +100,7 @@ class Shards(Sequence[Shard]):
     @overload
     def __getitem__(self, position: slice) -> Shards: ...
     def __getitem__(self, position: int | slice) -> Shard | Shards:
-        """Return a shard, or those of a slice."""
+        """Return a shard, or the shards of a slice."""
         if isinstance(position, slice):
             return replace(self, numbers=self.numbers[position])
         number = self.numbers[position]
@@ -125,7 +125,7 @@ class Shards(Sequence[Shard]):
 
 
 def _rows(shards: Iterable[Sequence[FileRange]], first: int, uris: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield a row a part; the address of its file is added to `uris`."""
+    """Yield one row per part of a shard; add the address of its file to `uris`."""
     for number, parts in enumerate(shards, start=first):
         for part in parts:
             uris[part.name] = part.uri

@@ -1,4 +1,4 @@
-"""The values that samplers drew, counted for the card of a data set."""
+"""The shares of the values that samplers drew, for the data set card."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from flux_batch.config.schema import JobConfig
 from flux_batch.plan.plan import Plan
 from flux_batch.prompts.source import PromptSource
 
-# Rows that are counted, spread over the whole plan: reading a row takes some 50 microseconds.
+# The number of counted rows, spread over the whole plan: reading a row takes about 50 microseconds.
 _MAX_ROWS = 20_000
 _MAX_VALUES = 20
 
 
 def sampled_values(config: JobConfig, plan: Plan) -> dict[str, str]:
-    """Return the shares of each sampler's values, or the range of its numbers, in words.
+    """Return the shares of each sampler's values, or the range of its numbers, as text.
 
     Raises: SourceError, StoreError if prompts cannot be read.
     """
@@ -38,7 +38,7 @@ def _rows(config: JobConfig, plan: Plan) -> Iterator[Any]:
 
 
 def _words(values: list[Any]) -> str:
-    """Return the shares of values, the largest first; of many different numbers their range and mean."""
+    """Return the shares of values, the largest first; for many different numbers, their range and mean."""
     counts = Counter("null" if value is None else str(value) for value in values)
     numbers = [value for value in values if isinstance(value, (int, float))]
     if len(numbers) == len(values) and len(counts) > _MAX_VALUES:

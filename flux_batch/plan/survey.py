@@ -1,6 +1,6 @@
-"""A look at the rows of a plan before they cost anything: those that fail, repeat themselves, or are cut.
+"""A check of a plan's rows before a run: rows that fail, repeat others, or are truncated.
 
-Reads prompts and tokenizers; loads no weights.
+It reads prompts and tokenizers, and loads no weights.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from flux_batch.prompts.source import PromptSource
 from flux_batch.records import FailedRow, ImageRequest, RowImages
 from flux_batch.sampling_params import SAMPLING_FIELDS
 
-# Rows that `plan` looks at, and those that are compared with each other, which takes some 200 bytes a row.
+# The number of rows that `plan` checks, and of those compared with each other, at some 200 bytes per row.
 PLAN_ROWS, _COMPARED_ROWS = 10_000, 5_000_000
 _TOKENIZED_AT_ONCE = 512
 _EXAMPLES = 3
-# Reasons and sizes that are shown, prompts, and the characters of a prompt.
+# The numbers of reasons or sizes shown, of prompts shown, and of characters of a prompt.
 _SHOWN, _FIRST_PROMPTS, _SHOWN_LENGTH = 10, 2, 100
-# Values in the reason of a row, by which it differs from the same reason of another.
+# Values in the reason of a failed row; without them, the same reason of different rows is one text.
 _VALUES = re.compile(
     r"(?<== )('.*?'|[-+.\w]+)|(?<=byte )0x\w+|(?<=lines )\d+ to \d+|(?<=nearest are )\d+ and \d+|\b\d+(?= fields )"
     r"|(?:(?<=line )|(?<=column )|(?<=char )|(?<=holds )|(?<=text of ))\d+"
 )
-# Reasons that hold a name of their row would be as many as rows.
+# A limit for reasons with a name of their row, which all differ.
 MAX_REASONS = 100
-# What other programs draw from, and what is a text here unless the job says otherwise.
+# Wildcards of other programs; here they are plain text unless the job sets prompts.wildcards.
 _WILDCARDS = re.compile(r"__[\w./*-]*?[\w*]__|\{[^{}|]*\|[^{}]*\}")
-# Texts that the tokenizers of CLIP and T5 take for one token with a meaning, as in diffusers, and not for letters.
+# Texts that the tokenizers of CLIP and T5 read as special tokens, as in diffusers.
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext)\|>|</s>|<pad>|<unk>|<extra_id_\d{1,2}>")
 
-# The size of images whose rows name a reference and no size, which is known once the reference is read.
+# The label for images that take their size from a reference, which is unknown until that is read.
 _AS_REFERENCE = "as the reference"
 _OF_ONE = {"have": "has", "repeat": "repeats", "hold": "holds", "are": "is"}
 
@@ -51,8 +51,8 @@ _OF_ONE = {"have": "has", "repeat": "repeats", "hold": "holds", "are": "is"}
 class Survey:
     """The counts of a data set's first `num_rows` rows; `failures` and `examples` are by reason.
 
-    overrides: the rows whose value differs from the job's, by field. sizes: the images by width and height.
-    reference_size: (width, height) of the first image that is as large as its reference, None without one.
+    overrides: the number of rows with another value than the job's, by field. sizes: the number of images by width and
+    height. reference_size: (width, height) of the first image that takes its size from a reference; None without one.
     """
 
     num_rows: int = 0
@@ -79,7 +79,7 @@ class Survey:
         return {**vars(self), **counts}
 
     def sized(self, config: JobConfig) -> JobConfig:
-        """Return the job with the size of its references, if most images have it."""
+        """Return the job with the size of its references, if that is most frequent."""
         if self.reference_size is None or self.sizes.most_common(1)[0][0] != _AS_REFERENCE:
             return config
         width, height = self.reference_size
@@ -108,7 +108,7 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
             if isinstance(row, FailedRow):
                 _count_failure(found, row)
         for request in requests:
-            if request.size_from_reference and _AS_REFERENCE not in found.sizes:  # the first alone: it may be far away
+            if request.size_from_reference and _AS_REFERENCE not in found.sizes:  # only the first: reading may be slow
                 found.reference_size = _reference_size(request, config)
             _count_settings(found, request, config.sampling)
             is_repeated = prompts.again(request.prompt)
@@ -124,16 +124,16 @@ def survey(config: JobConfig, plan: Plan, max_rows: int | None = None) -> Survey
 
 
 def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
-    """Return the counts as rows of a table, without those that are nothing."""
+    """Return the counts as rows of a table, without those that are 0."""
     of = "rows" if found.num_rows == num_prompts else f"of the first {found.num_rows} rows"
     counts = [
         (found.num_failed, "cannot be rendered, and will be recorded as failed"),
-        (found.num_repeated_ids, "have the id of another row: with its prompt too, the image is the same"),
+        (found.num_repeated_ids, "have the id of another row: with the same prompt, the image is the same too"),
         (found.num_repeated_prompts, "repeat a prompt word for word"),
-        (found.num_near_duplicates, "repeat a prompt but for case, spaces or punctuation"),
-        (found.num_special_tokens, "hold a special token, which acts as one and not as letters, as in diffusers"),
-        (found.num_wildcards, "hold __name__ or {a|b}, written out as it is: prompts.wildcards draws from it"),
-        (found.num_clip_truncated, "are longer than CLIP reads; T5 reads on"),
+        (found.num_near_duplicates, "repeat a prompt except for case, spaces or punctuation"),
+        (found.num_special_tokens, "hold a special token, which is not read as letters, as in diffusers"),
+        (found.num_wildcards, "hold __name__ or {a|b}, which is read as plain text; see prompts.wildcards"),
+        (found.num_clip_truncated, "are longer than CLIP reads; T5 reads more"),
         (found.num_t5_truncated, "are longer than T5 reads: the end is left out"),
     ]
     lines = [_sentence(count, of, text) for count, text in counts if count]
@@ -141,7 +141,7 @@ def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
         every = f"all {of}" if of != "rows" else f"all {found.num_rows} rows" if found.num_rows > 1 else "the one row"
         lines.insert(0, f"{every} can be rendered")
     if found.not_tokenized:
-        lines.append(f"prompts that are cut were not counted: {found.not_tokenized}")
+        lines.append(f"truncated prompts were not counted: {found.not_tokenized}")
     failed = [
         f"{count}: {reason}; e.g. {', '.join(found.examples[reason])}"
         for reason, count in found.failures.most_common(_SHOWN)
@@ -159,7 +159,7 @@ def survey_rows(found: Survey, num_prompts: int) -> list[tuple[str, str]]:
 
 
 def _sentence(count: int, of: str, text: str) -> str:
-    """Return a count of rows and what they do, whose verb comes first; one row does it in the singular."""
+    """Return a sentence about a number of rows; `text` begins with its verb, in the plural."""
     if count > 1:
         return f"{count} {of} {text}"
     verb, _, rest = text.partition(" ")
@@ -167,13 +167,13 @@ def _sentence(count: int, of: str, text: str) -> str:
 
 
 class _Seen:
-    """Texts that were met, by hashes of 8 bytes, as many as fit into memory."""
+    """The texts seen so far, as hashes of 8 bytes, up to a limit."""
 
     def __init__(self) -> None:
         self._hashes: set[bytes] = set()
 
     def again(self, text: str) -> bool:
-        """Return whether a text was met before, and remember it."""
+        """Return whether a text was seen before, and remember it."""
         digest = blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
         if digest in self._hashes:
             return True
@@ -209,7 +209,7 @@ def _count_settings(found: Survey, request: ImageRequest, job: SamplingConfig) -
 
 
 def _reference_size(request: ImageRequest, config: JobConfig) -> tuple[int, int] | None:
-    """Return the size of the first reference as the model reads it; None if it cannot be read."""
+    """Return the size at which the model reads the first reference; None if it cannot be read."""
     first = RowImages(reference_image=request.images.reference_image[:1])
     resize = config.sampling.resize_references
     with suppress(RowError, StoreError):
@@ -219,7 +219,7 @@ def _reference_size(request: ImageRequest, config: JobConfig) -> tuple[int, int]
 
 
 def _count_failure(found: Survey, row: FailedRow) -> None:
-    """Count a row by its reason, without the values in it."""
+    """Count a failed row by its reason, without the values in the reason."""
     where, _, reason = row.error_message.partition(": ")
     kind = _VALUES.sub("...", reason)[:200]
     if kind not in found.failures and len(found.failures) >= MAX_REASONS:
@@ -237,5 +237,5 @@ def _shortened(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text without what makes near duplicates differ: case, spaces, punctuation, forms of one letter."""
+    """Return a text without case, spacing, punctuation and letter variants, as near duplicates share it."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))

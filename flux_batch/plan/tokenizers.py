@@ -1,4 +1,4 @@
-"""The tokenizers of a job's model: which prompts they cut, and what is left out. Loads no weights."""
+"""The tokenizers of a job's model: the prompts that they cut, and the text left out; loads no weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _CLIP_LEFT_OUT, _T5_LEFT_OUT = "not read by CLIP", "not read by T5"
 
 
 class Tokenizers:
-    """The tokenizers of CLIP and T5; `missing` says why there are none, such as a model not on this machine."""
+    """The tokenizers of CLIP and T5; `missing` says why there are none, e.g. a model not on this machine."""
 
     def __init__(self, config: JobConfig) -> None:
         self.missing = ""
         if config.model.pipeline:
-            self.missing = f"the tokenizers of {config.model.pipeline} are its own"
+            self.missing = f"the pipeline {config.model.pipeline} has its own tokenizers"
             return
         try:
             home = find_local_model(config.model.uri, config.model.storage_options)
             if home is None:
                 self.missing = f"{config.model.uri} is not on this machine"
                 return
-            from flux_batch.model.text.tokenizers import load_tokenizers  # seconds of imports
+            from flux_batch.model.text.tokenizers import load_tokenizers  # takes seconds to import
 
             embeds_guidance = any(
                 key.startswith("guidance_in.") for key in read_shapes(find_parts(home))["transformer"]
@@ -51,7 +51,7 @@ class Tokenizers:
         return clip, t5
 
     def left_out(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the end of a metadata row's prompt that each encoder leaves out; empty if it has none."""
+        """Return the end of a row's prompt that each text encoder does not read; empty if it reads all."""
         from flux_batch.model.text.tokenizers import left_out
 
         if self.missing:

@@ -1,7 +1,7 @@
-"""The work of shards, estimated from the sizes and steps in their rows: a run begins the largest first.
+"""The work of shards, estimated from the sizes and steps in their rows.
 
-Otherwise a large shard that comes last keeps one worker busy while the others have nothing left. Numbers, files and
-images of a shard do not depend on when it is made.
+A run begins the largest shards first. Otherwise a large last shard would keep one worker busy while others are idle.
+The order changes neither the numbers nor the files nor the images of shards.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _READER_THREADS = 4
 
 
 def largest_first(shards: Shards, config: JobConfig) -> Shards:
-    """Return shards by their work, the largest first; as they are where rows do not tell.
+    """Return shards by their work, the largest first; unchanged if rows do not set it.
 
-    Reads the columns of sizes, steps and numbers of images, of Parquet files alone, if the first file has such a
-    column. Raises: SourceError, StoreError.
+    It reads the columns of sizes, steps and numbers of images, only of Parquet files, and only if the first file has
+    one of these columns. Raises: SourceError, StoreError.
     """
     source = PromptSource(config.prompts)
     if not shards or not source.numbers_of(shards.uris[shards.files[0]], _FIELDS):
@@ -43,7 +43,7 @@ def largest_first(shards: Shards, config: JobConfig) -> Shards:
 
 
 def _work_of_shards(shards: Shards, source: PromptSource, sampling: SamplingConfig) -> array[float]:
-    """Return the work of each shard, in steps times tokens. Files without one of them are not read."""
+    """Return the work of each shard, in steps times tokens; read only the files of these shards."""
     parts: dict[str, list[tuple[int, int, int]]] = {}
     columns = (shards.parts[name].to_pylist() for name in ("file", "shard", "start", "num_rows"))
     for file, shard, start, num_rows in zip(*columns, strict=True):
@@ -65,7 +65,7 @@ def _work_of_shards(shards: Shards, source: PromptSource, sampling: SamplingConf
 def _work_of_parts(
     source: PromptSource, uri: str, parts: Sequence[tuple[int, int, int]], sampling: SamplingConfig
 ) -> list[float]:
-    """Return the work of the parts of a file: by its rows, or the job's own values if its parts leave rows out."""
+    """Return the work of a file's parts: from its rows, or from the job's values if the parts skip rows."""
     counts = [num_rows for _, _, num_rows in parts]
     batches = source.numbers_of(uri, _FIELDS)
     if batches and [start for _, start, _ in parts] == [0, *accumulate(counts)][:-1]:
@@ -77,7 +77,7 @@ def _work_of_parts(
 
 
 def _sums(chunks: Iterable[pa.DoubleArray], counts: Sequence[int]) -> list[float]:
-    """Return the sums of as many values each, one range after the other."""
+    """Return the sums of consecutive ranges of values; `counts` has the length of each range."""
     ends, at_ends = deque(accumulate(counts)), [0.0]
     num_values, total = 0, 0.0
     for chunk in filter(len, chunks):
@@ -91,7 +91,7 @@ def _sums(chunks: Iterable[pa.DoubleArray], counts: Sequence[int]) -> list[float
 
 
 def _work_of_rows(batch: pa.RecordBatch, sampling: SamplingConfig) -> pa.DoubleArray:
-    """Return the work of each row; a cell that holds no number above 0 counts as the job's own value."""
+    """Return the work of each row; a cell without a number above 0 counts as the job's value."""
     values: list[Any] = []
     for field in _FIELDS:
         default = pa.repeat(float(getattr(sampling, field)), len(batch))
@@ -104,7 +104,7 @@ def _work_of_rows(batch: pa.RecordBatch, sampling: SamplingConfig) -> pa.DoubleA
 
 
 def _work(width: Any, height: Any, steps: Any, num_images: Any) -> Any:
-    """Return images x steps x tokens, of image and text, for numbers or columns."""
+    """Return images x steps x (image and text tokens), for numbers or columns."""
     tokens = pc.add(pc.divide(pc.multiply(width, height), _PIXELS_A_TOKEN), float(TEXT_TOKENS))
     result = reduce(pc.multiply, (tokens, steps, num_images))
     return result.as_py() if isinstance(result, pa.Scalar) else result

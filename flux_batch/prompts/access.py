@@ -1,8 +1,8 @@
-"""The input images and LoRAs that a row may name, and what their names mean.
+"""The input images and LoRAs that a row may name, and how names are resolved.
 
-The job file is trusted, rows are not. A row reaches images beside its prompts, those under `prompts.input_image_root`
-and, if the job file allows it, the public web; of LoRAs those of the job, files and objects in buckets, and nothing
-else on a network. Knows names; opens no file.
+The job file is trusted, rows are not. A row may name images beside its prompts, images under
+`prompts.input_image_root` and, if the job file allows it, images on the public web. It may name LoRAs of the job, in
+files and in buckets, but not at other network addresses. This module knows names and opens no file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flux_batch.storage.filesystem import open_filesystem
 WEB = ("http", "https")
 _MAX_NAME_LENGTH = 2048
 _S3 = ("s3", "s3a", "s3n")
-# Stores that a row may name a LoRA in, besides paths: they answer with objects, or refuse.
+# The stores in which a row may name a LoRA, besides paths: they serve objects only.
 _LORA_STORES = (*_S3, "gs", "gcs", "az", "abfs", "abfss", "hf")
 _LORA_SUFFIX = ".safetensors"
 
@@ -38,8 +38,8 @@ _LORA_SUFFIX = ".safetensors"
 class ImageAccess:
     """The images that the rows of one prompts file may name.
 
-    folders: a function that returns the folders of the data set; a caller that reads many files looks them up once,
-    since each costs a request.
+    folders: a function that returns the folders of the data set. A caller that reads many files can cache them, since
+    each look-up costs a request.
     """
 
     def __init__(self, config: PromptsConfig, file: str, folders: Callable[[], Sequence[str]] | None = None) -> None:
@@ -51,9 +51,9 @@ class ImageAccess:
         self._root = os.path.abspath(root) if root and not scheme_of(root) else root
 
     def find(self, name: str, column: str = "input_image") -> InputImage:
-        """Return the image that a row names. Raises: RowError saying why it may not, and what it may name."""
+        """Return the image that a row names. Raises: RowError with the reason if it may not name it."""
         if len(name) > _MAX_NAME_LENGTH or "\0" in name:
-            raise RowError(f"{column}: holds {len(name)} characters that are no path and no address")
+            raise RowError(f"{column}: holds {len(name)} characters, not a path or an address")
         try:
             return replace(self._find(name), column=column)
         except RowError as error:
@@ -103,7 +103,7 @@ class ImageAccess:
         return InputImage(name=name, uri=uri)
 
     def _is_of_data(self, scheme: str) -> bool:
-        """Return whether the data set lies in a store of this kind. Its storage options are for that store."""
+        """Return whether the data set and its storage options are for this kind of store."""
         return bool(self._scheme) and (scheme == self._scheme or {scheme, self._scheme} <= set(_S3))
 
     @cached_property
@@ -124,32 +124,32 @@ def scheme_of(uri: str) -> str:
 
 
 def local_name(uri: str) -> str:
-    """Return the path of a file:// address, any other name as it is. Raises: RowError for another machine's file."""
+    """Return the path of a file:// address, other names unchanged. Raises: RowError for a file of another host."""
     if scheme_of(uri) != "file":
         return uri
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
-        raise RowError("a file:// address names a file of this machine: file:///folder/image.png")
+        raise RowError("a file:// address must name a file of this machine, e.g. file:///folder/image.png")
     return url2pathname(parts.path)
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return whether a path lies under a folder, by its name alone."""
+    """Return whether a path lies under a folder, judged by the names only."""
     return path.startswith(folder.rstrip("/") + "/")
 
 
 def shortened(name: str) -> str:
-    """Return a name cut to a length that fits into a message."""
+    """Return a name cut to a length for messages."""
     return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def folders_of(config: PromptsConfig) -> list[str]:
-    """Return the folders that the entries of `prompts.uri` name."""
+    """Return the folders of the entries of `prompts.uri`."""
     return list(filter(None, (_folder_of(uri, config) for uri in config.uri)))
 
 
 def _folder_of(uri: str, config: PromptsConfig) -> str:
-    """Return the folder that an entry of `prompts.uri` names, itself or by a glob; empty for a file."""
+    """Return the folder that an entry of `prompts.uri` is or globs in; empty for a file."""
     dataset = HubDataset.of(uri)
     fs, path = open_filesystem(dataset.root if dataset else uri, config.storage_options)
     path = str(path).rstrip("/")
@@ -160,7 +160,7 @@ def _folder_of(uri: str, config: PromptsConfig) -> str:
 
 
 def _joined(file: str, name: str) -> str:
-    """Resolve a relative path against the folder of a file, `..` included."""
+    """Resolve a relative path against the folder of a file; `..` is resolved too."""
     scheme = scheme_of(file)
     prefix = f"{scheme}://" if scheme else ""
     return prefix + posixpath.normpath(posixpath.join(posixpath.dirname(file[len(prefix) :]), name))
@@ -177,7 +177,7 @@ class RowLoras:
     def choose(self, name: Any, scale: float | None) -> tuple[LoraUse, ...]:
         """Return the LoRAs of a row from its columns `lora` and `lora_scale`; None is an empty cell.
 
-        Raises: RowError saying what a row may name.
+        Raises: RowError with what a row may name.
         """
         if name is None:
             return self.defaults if scale is None else (_scaled(self._only_default(scale), scale),)
@@ -198,7 +198,7 @@ class RowLoras:
     def _addressed(self, name: str) -> LoraUse:
         """Return a LoRA that is not in the job file, from its path or address."""
         if len(name) > _MAX_NAME_LENGTH or "\0" in name:
-            raise RowError(f"column 'lora' holds {len(name)} characters that are no path and no address")
+            raise RowError(f"column 'lora' holds {len(name)} characters, not a path or an address")
         if not name.endswith(_LORA_SUFFIX) and scheme_of(name) != "hf":
             known = ", ".join(lora.name for lora in self.defaults) or "none"
             raise RowError(

@@ -1,7 +1,7 @@
-"""Data sets of Hugging Face: the files of a split of a configuration, by the card or by their names.
+"""Data sets of Hugging Face: the files of a split of a configuration, by the card or by file names.
 
-The rules are those of huggingface/datasets for data sets without a script (data_files.py, utils/metadata.py). Knows
-addresses and names of files; reads nothing.
+The rules are those of huggingface/datasets for data sets without a script (data_files.py, utils/metadata.py). This
+module knows addresses and file names, and reads nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from flux_batch.config.text import load_yaml
 from flux_batch.errors import JobError, SourceError, did_you_mean
 
 _ADDRESS = re.compile(r"hf://datasets/[^/?@]+/[^/?@]+(@(?:refs/(?:convert|pr)/[^/?]+|[^/?]+))?/?(?:\?(?P<query>.*))?")
-# Addresses of repositories of any kind.
+# Addresses of repositories of any type.
 _OF_HUB = re.compile(
     r"hf://(?:(?:datasets|spaces|buckets)/)?(?!(?:datasets|spaces|buckets)/)[\w.-]+/[\w.-]+(?:[@/?].*)?"
 )
-# The branch with every public data set as Parquet, CONFIGURATION/SPLIT/0000.parquet; DuckDB's short name for it.
+# The branch with a data set converted to Parquet, CONFIGURATION/SPLIT/0000.parquet, and DuckDB's short name for it.
 _CONVERTED, _CONVERTED_SHORT = "@refs/convert/parquet", "@~parquet"
-# Words that name a split, as the first of a file or folder or between signs.
+# Words that name a split, between characters that are neither letters nor digits.
 _SPLITS = {
     "train": re.compile(r"(?:^|[^A-Za-z0-9])(?:train|training)(?:$|[^A-Za-z0-9])"),
     "validation": re.compile(r"(?:^|[^A-Za-z0-9])(?:validation|valid|dev|val)(?:$|[^A-Za-z0-9])"),
@@ -46,9 +46,11 @@ class HubDataset:
 
     @classmethod
     def of(cls, uri: str) -> HubDataset | None:
-        """Return the data set that an address names as a whole; None for other addresses. Raises: SourceError."""
+        """Return the data set if an address names a whole one; None for other addresses. Raises: SourceError."""
         if uri.startswith("hf://") and not _OF_HUB.fullmatch(uri):
-            raise SourceError(f"{uri}: must be hf://datasets/owner/name, and may have ?split=NAME or a path behind it")
+            raise SourceError(
+                f"{uri}: must be hf://datasets/owner/name, optionally with ?split=NAME or a path after it"
+            )
         found = _ADDRESS.fullmatch(uri)
         if not found:
             return None
@@ -56,14 +58,14 @@ class HubDataset:
         for key in query:
             if key not in ("config", "split"):
                 hint = did_you_mean(key, ("config", "split")) or "; there are config and split"
-                raise SourceError(f"{uri}: {key!r} is not known behind the question mark{hint}")
+                raise SourceError(f"{uri}: {key!r} is not known after the question mark{hint}")
         root = uri.partition("?")[0].rstrip("/").replace(_CONVERTED_SHORT, _CONVERTED)
         return cls(root, query.get("config", ""), query.get("split", ""))
 
     def choose(self, names: Sequence[str], card: str) -> set[str]:
-        """Return the files of the split, among those that can hold prompts; all relative to the root.
+        """Return the files of the split; `names` are the files that can hold prompts, relative to the root.
 
-        Raises: SourceError that lists what there is to choose from.
+        Raises: SourceError that lists the configurations or splits to choose from.
         """
         if not names:
             return set()
@@ -74,7 +76,7 @@ class HubDataset:
         splits = configs[config]
         if not splits:
             raise SourceError(f"{self.root}: the configuration {config} has no file with prompts")
-        # A plus in a query is read as a space.
+        # A plus in a query is decoded as a space.
         chosen = re.split("[+ ]", self.split or self._only(splits, "split", "split"))
         for split in chosen:
             if split not in splits:
@@ -82,27 +84,27 @@ class HubDataset:
         return {name for split in chosen for name in splits[split]}
 
     def _configs(self, names: Sequence[str], card: str) -> tuple[Mapping[str, _Splits], str]:
-        """Return the files by configuration and split, and the default configuration, if there is any."""
+        """Return the files by configuration and split, and the default configuration; "" without one."""
         if self.root.endswith(_CONVERTED):
             return _by_folders(names), ""
         configs, default = _by_card(names, card)
         return (configs, default) if configs else ({"default": _by_names(names)}, "default")
 
     def _only(self, found: Mapping[str, Any], what: str, key: str) -> str:
-        """Return the only one there is. Raises: SourceError with the address of the first of several."""
+        """Return the only entry. Raises: SourceError with the address of the first one if there are several."""
         if len(found) == 1:
             return next(iter(found))
         before = f"?config={self.config}&" if key == "split" and self.config else "?"
         example = f"{self.root}{before}{key}={next(iter(found))}"
-        raise SourceError(f"{self.root}: has the {what}s {_listed(found)}; choose one, as {example}")
+        raise SourceError(f"{self.root}: has the {what}s {_listed(found)}; choose one, e.g. {example}")
 
 
 def _by_card(names: Sequence[str], card: str) -> tuple[dict[str, _Splits], str]:
-    """Return what the key `configs` of a card says; nothing if it has none."""
+    """Return the files and the default of the key `configs` of a card; nothing without that key."""
     header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", card, re.DOTALL)
     try:
         tree = load_yaml(header[1], "the card") if header else None
-    except JobError:  # the hub is less strict
+    except JobError:  # the hub accepts YAML that our loader refuses
         return {}, ""
     entries = tree.get("configs") if isinstance(tree, dict) else None
     configs: dict[str, _Splits] = {}
@@ -137,14 +139,14 @@ def _splits_of(entry: Mapping[str, Any], names: Sequence[str]) -> _Splits:
 
 
 def _matching(patterns: Iterable[Any], names: Sequence[str], folder: str) -> list[str]:
-    """Return the names that fit one of the patterns, which are relative to a folder."""
+    """Return the names that match one of the patterns, which are relative to a folder."""
     prefix = f"{folder}/" if folder else ""
     rules = [re.compile(glob_translate(prefix + str(pattern).removeprefix("./"))) for pattern in patterns]
     return [name for name in names if any(rule.match(name) for rule in rules)]
 
 
 def _by_names(names: Sequence[str]) -> _Splits:
-    """Return the files of each split as their names say; all of `train` if none says so."""
+    """Return the files of each split by their names; all belong to `train` if no name has a split."""
     splits: dict[str, list[str]] = {}
     sharded = {name: found[1] for name in names if (found := _SHARDED.fullmatch(name))}
     for name in sharded or names:
@@ -155,7 +157,7 @@ def _by_names(names: Sequence[str]) -> _Splits:
 
 
 def _by_folders(names: Sequence[str]) -> dict[str, _Splits]:
-    """Return the files of the converted branch; of a large data set it has the beginning, as `partial-train`."""
+    """Return the files of the converted branch; for a large data set it has only the start, `partial-train`."""
     configs: dict[str, dict[str, list[str]]] = {}
     for name in names:
         config, _, rest = name.partition("/")

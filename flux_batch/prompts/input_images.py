@@ -1,8 +1,8 @@
-"""The images that rows name: read with bounds, decoded, upright, in RGB or as a mask, resized.
+"""The images that rows name: read with limits, decoded, upright, in RGB or as a mask, resized.
 
-Knows how images are read and decoded; access.py has decided before whether a row may name one. Anything wrong with an
-image is a RowError and fails its row. Only a failure of the data set's own storage is a StoreError: its shard is tried
-again later, so that the same rows succeed in every run.
+access.py has checked before that a row may name an image. A faulty image is a RowError, which fails its row. Only a
+failure of the data set's own storage is a StoreError: its shard is retried later, so that the same rows succeed in
+every run.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from flux_batch.storage.retry import with_retries
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
-# Those of an image prompt: several of the largest images, of which little is read, would not fit into memory.
+# The largest side of an image prompt, of which the model reads few pixels: several large images would fill the memory.
 _MAX_PROMPT_SIDE = 2048
-# Formats of pixels alone: no scripts, no fonts, no files that refer to other files.
+# Formats that contain only pixels: no scripts, no fonts, no references to other files.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-# Errors of reading a file that are the machine's fault and not the row's.
+# Errors of reading a file that are caused by the machine, not by the row.
 _HOST_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def image_of_bytes(data: bytes, column: str = "input_image") -> InputImage:
-    """Return an image from the bytes in a row. Raises: RowError if there are none or too many."""
+    """Return an image from the bytes in a row. Raises: RowError if it is empty or too large."""
     if not data:
         raise RowError(f"{column}: is empty: the bytes of an image are needed")
     if len(data) > MAX_BYTES:
@@ -50,7 +50,7 @@ def image_of_bytes(data: bytes, column: str = "input_image") -> InputImage:
 
 
 def spilled(image: InputImage, folder: Path) -> InputImage:
-    """Return an image with its bytes in a file in `folder`, no longer in memory."""
+    """Return an image whose bytes are moved from memory to a file in `folder`."""
     if not image.data:
         return image
     path = folder / f"input-{image.name.rpartition(':')[2]}"
@@ -71,8 +71,8 @@ def load_image(
 ) -> Image.Image:
     """Return an image in RGB: upright by its EXIF, transparency on white, colour profiles not applied.
 
-    size: (width, height) to resize it to, by Lanczos and whatever its proportions, as diffusers does.
-    Raises: RowError saying what is wrong with it; StoreError if the data set's storage is away.
+    size: (width, height) to resize it to, by Lanczos and ignoring its proportions, as diffusers does.
+    Raises: RowError with the reason; StoreError if the data set's storage is unavailable.
     """
     with _naming(source):
         image = decode(source.data or _read_bytes(source, storage_options))
@@ -86,22 +86,22 @@ def load_images(
     *,
     resize_references: bool = True,
 ) -> dict[str, Any]:
-    """Return the images of a row, resized, by the arguments of a pipeline's call.
+    """Return the images of a row, resized, by argument of the pipeline's call.
 
-    size: (width, height) of the image to make; None is that of the first reference image. Raises: the errors of
-    `load_image`; RowError for a mask whose proportions are not those of its image.
+    size: (width, height) of the image to make; None takes the size of the first reference image. Raises: the errors of
+    `load_image`; RowError for a mask whose proportions differ from its image's.
     """
     found: dict[str, Any] = {}
     if images.reference_image:
         size_of = preferred_size if resize_references else own_size
         found["reference_image"] = [_load_reference(each, storage_options, size_of) for each in images.reference_image]
         size = size or found["reference_image"][0].size
-    assert size is not None  # else there is a reference image
+    assert size is not None  # without a size there is a reference image
     start = load_image(images.input_image, storage_options) if images.input_image else None
     if start:
         found["input_image"] = start.resize(size, Image.Resampling.LANCZOS)
     repainted = start.size if start else None
-    for each in images.control_image:  # one by one: several of the largest would not fit into memory
+    for each in images.control_image:  # one by one: several large images would not fit into memory
         control = load_image(each, storage_options)
         repainted = repainted or control.size
         found.setdefault("control_image", []).append(control.resize(size, Image.Resampling.LANCZOS))
@@ -117,7 +117,7 @@ def load_images(
 
 
 def _made_small(image: Image.Image) -> Image.Image:
-    """Return an image prompt, of which a vision tower sees some hundred pixels a side."""
+    """Return a smaller image prompt: the image encoder reads only a few hundred pixels per side."""
     image.thumbnail((_MAX_PROMPT_SIDE, _MAX_PROMPT_SIDE), Image.Resampling.LANCZOS)
     return image
 
@@ -125,18 +125,18 @@ def _made_small(image: Image.Image) -> Image.Image:
 def _load_reference(
     source: InputImage, storage_options: Mapping[str, Any], size_of: Callable[[int, int], tuple[int, int]]
 ) -> Image.Image:
-    """Return a reference image at the size in which the model reads it. Raises: as `load_image`."""
+    """Return a reference image at the size that the model reads. Raises: as `load_image`."""
     image = load_image(source, storage_options)
     with _naming(source):
         size = size_of(*image.size)
         if max(size) > MAX_SIDE:
-            raise RowError(f"{image.width} x {image.height} pixels: a side of a reference may have {MAX_SIDE}")
+            raise RowError(f"{image.width} x {image.height} pixels: a side of a reference may have at most {MAX_SIDE}")
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 @contextmanager
 def _naming(source: InputImage) -> Iterator[None]:
-    """Run the block; what is wrong with an image is a RowError that names it."""
+    """Run the block, and turn errors of an image into a RowError that names it."""
     try:
         yield
     except (RowError, NotFound, StoreRefused) as error:
@@ -154,7 +154,7 @@ def _read_bytes(image: InputImage, storage_options: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """Return the first image of a file, upright, in RGB or as `convert` makes it. Raises: RowError."""
+    """Return the first image of a file, upright, and converted by `convert`. Raises: RowError."""
     try:
         with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
             width, height = image.size
@@ -178,8 +178,8 @@ def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
         real = os.path.realpath(path)
         if allowed_roots is not None and not any(is_inside(real, os.path.realpath(folder)) for folder in allowed_roots):
             raise RowError(f"is a link that leads out of {' and '.join(allowed_roots)}")
-        if not stat.S_ISREG(os.stat(real).st_mode):  # a pipe would be waited for, a device never ends
-            raise RowError(f"{path} is no file")
+        if not stat.S_ISREG(os.stat(real).st_mode):  # a read from a pipe could block, from a device never end
+            raise RowError(f"{path} is not a file")
         with open(real, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
@@ -194,7 +194,7 @@ def _read_file(path: str, allowed_roots: tuple[str, ...] | None) -> bytes:
 
 def read_object(uri: str, storage_options: Mapping[str, Any]) -> bytes:
     """Read a whole image file. Raises: RowError if it is empty or too large."""
-    fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
+    fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` retries
     info = fs.info(path)
     if info["type"] != "file" or not info["size"]:
         raise RowError("is empty, or not a file")

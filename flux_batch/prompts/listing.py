@@ -1,4 +1,4 @@
-"""The files of a data set of prompts: those that are read, and those that are left out, with the reason."""
+"""The files of a prompts data set: those that are read, and those that are left out with a reason."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flux_batch.redaction import public_uri
 from flux_batch.storage.errors import translated
 from flux_batch.storage.filesystem import open_filesystem
 
-# The rules by which files are left out and rows are called. A run keeps to those that its plan names. Since
+# The version of the rules for leaving out files and naming rows. A run uses the version in its plan. Changes since:
 #   2  hidden folders are left out, there are more formats, and folders such as `year=2026` are columns;
-#   3  the id of a row that is alone in its file is `a.txt` and no longer `a.txt:0`, and a text may be one of blocks;
-#   4  it is `a.txt:0` for every file that `prompts.uri` names itself, however it spells the path;
+#   3  the id of the only row of a file is `a.txt` instead of `a.txt:0`, and a text file may contain blocks;
+#   4  that id is `a.txt:0` again for every file that `prompts.uri` names itself, however its path is spelled;
 #   5  the outputs of runs are left out.
 LISTING_RULES = 5
 PARTITION_RULES = 2
@@ -33,15 +33,15 @@ ONE_PROMPT_RULES = BLOCK_RULES = 3
 NAMED_FILE_RULES = 4
 _OUTPUT_RULES = 5
 _FORMATS_OF_RULES_1 = ("parquet", "jsonl", "csv", "txt")
-# Enough to notice an edit of a file whose store has no checksum, at the price of two small reads.
+# Bytes at both ends of a file that are hashed if its store has no checksum, to notice edits.
 _SAMPLED_BYTES = 64 * 1024
 _READER_THREADS = 16
 _FILES_AT_ONCE = 1000
-# The file by which the output of a run is known.
+# The file by which the output of a run is recognised.
 _PLAN_OF_RUN = "_run/plan.parquet"
-# Files of every repository of Hugging Face.
+# Files in every repository of Hugging Face.
 _FILES_OF_HUB = (".gitattributes", "README.md")
-# Files that lie beside data and hold none, by their names without suffix.
+# Names, without suffix, of files beside the data that contain no prompts.
 _DOCUMENTS = re.compile(
     r"(licen[cs]e|copying|readme|requirements)([-_.].*)?|notice|constraints|changelog|authors|contributors|contributing"
     r"|code_of_conduct|citation|dataset_infos?|dataset_dict|package(-lock)?|manifest|config|model_index|tsconfig",
@@ -51,7 +51,7 @@ _DOCUMENTS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """One file of the data set; `name` is relative to it, `version` changes when the contents do."""
+    """One file of the data set; `name` is relative to it, `version` changes with the contents."""
 
     uri: str
     name: str
@@ -61,7 +61,7 @@ class PromptFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a data set in fixed order, and those left out, by reason."""
+    """The files of a data set in a fixed order; `skipped` are others, by reason."""
 
     files: tuple[PromptFile, ...]
     skipped: Mapping[str, Sequence[str]]
@@ -73,9 +73,9 @@ def list_prompts(
     rules: int = LISTING_RULES,
     formats: Collection[str] = TABLE_FORMATS,
 ) -> Listing:
-    """Return the prompts that files, folders and globs name. Raises: SourceError if one is missing or none is found.
+    """Return the prompt files of files, folders and globs. Raises: SourceError if one is missing or none is found.
 
-    formats: the names of those that are taken out of folders.
+    formats: the formats that are read from folders.
     """
     expanded = [_expand(uri, storage_options, rules, formats) for uri in uris]
     found = {path: each.fs for each in expanded for path in each.paths}
@@ -87,7 +87,7 @@ def list_prompts(
     if not found:
         known = ", ".join(f".{suffix}" for suffix in formats)
         raise SourceError(
-            f"{', '.join(uris)}: no prompts found; expected files ending in {known}"
+            f"{', '.join(uris)}: no prompts found; expected files with suffix {known}"
             + "".join(f"; {note}" for note in skipped_notes(skipped))
         )
     base = _common_folder([each.folder for each in expanded])
@@ -100,12 +100,12 @@ def list_prompts(
 
 
 def address_of(uri: str, storage_options: Mapping[str, Any]) -> str:
-    """Return the address that a listing gives the file `uri`."""
+    """Return the address of the file `uri` as a listing spells it."""
     return uri if HubDataset.of(uri) else _address(*open_filesystem(uri, storage_options))
 
 
 def skipped_notes(skipped: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a sentence for each reason for which files are left out."""
+    """Return a sentence for each reason to leave out files."""
     return [
         f"{count_of(len(names), 'file')} left out, {reason}: {', '.join(sorted(names)[:3])}"
         f"{', ...' if len(names) > 3 else ''}"
@@ -124,13 +124,13 @@ class _Expanded:
 
 
 def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: Collection[str]) -> _Expanded:
-    """Return the prompt files of a file, folder, glob or data set of Hugging Face."""
+    """Return the prompt files of a file, folder, glob or Hugging Face data set."""
     if dataset := HubDataset.of(uri):
         return _expand_dataset(uri, dataset, storage_options)
     fs, path = open_filesystem(uri, storage_options)
     reason_for: Callable[[str], str] = partial(_reason, formats=formats) if rules > 1 else _reason_by_rules_1
     with translated(uri, "list prompts"):
-        # Of a web address, fsspec would read the whole file for links to what may lie below it.
+        # For a web address, fsspec's isdir would read the whole file and look for links in it.
         if (not uri.startswith(("http://", "https://")) or uri.endswith("/")) and fs.isdir(path):
             return _sifted(fs, path.rstrip("/"), fs.find(path), reason_for, rules)
         if fs.exists(path):
@@ -141,14 +141,14 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: C
             paths = fs.glob(path) if rules == 1 else _with_tables(fs, fs.glob(path, detail=True))
             by_format = partial(_format_reason, formats=formats)
             return _sifted(fs, folder, paths, by_format if names_hidden and rules > 1 else reason_for, rules)
-        if uri.startswith("hf://"):  # its `exists` is false whatever is wrong, such as a hub that is away
+        if uri.startswith("hf://"):  # its `exists` is False after any error, e.g. if the hub does not answer
             with suppress(FileNotFoundError):
                 fs.info(path)
     raise SourceError(f"{uri}: no such prompts file or folder")
 
 
 def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str, Any]) -> _Expanded:
-    """Return the prompt files of a split of a data set."""
+    """Return the prompt files of one split of a data set."""
     fs, folder = open_filesystem(dataset.root, storage_options)
     with translated(uri, "list prompts"):
         try:
@@ -157,7 +157,7 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
         except FileNotFoundError as error:
             raise SourceError(
                 f"{uri}: there is no such data set or revision, or it is private and the token (HF_TOKEN, or "
-                "prompts.storage_options.token) may not read it"
+                "prompts.storage_options.token) has no access"
             ) from error
     found = _sifted(fs, folder, paths, _reason)
     names = {path[len(folder) :].lstrip("/"): path for path in found.paths}
@@ -167,9 +167,9 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
 
 
 def _with_tables(fs: fsspec.AbstractFileSystem, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the paths of a glob, with the files of folders named like tables (Spark).
+    """Return the paths of a glob, with the files in folders named like tables (Spark).
 
-    A folder of which the glob has something, as `**` does, is left out without a word.
+    A folder is left out silently if the glob, such as `**`, also matches something in it.
     """
     paths: list[str] = []
     entered = {posixpath.dirname(path) for path in found}
@@ -210,8 +210,8 @@ def _of_runs(names: Iterable[str]) -> tuple[str, ...]:
 def _reason(name: str, formats: Collection[str] = TABLE_FORMATS) -> str:
     """Return why a file below a named folder is left out; empty if it holds prompts.
 
-    Hidden and marker files lie anywhere: `.ipynb_checkpoints`, `..data` of a ConfigMap, `_delta_log`, `_temporary`.
-    The folder `_year=2026` is a partition.
+    Hidden files and markers can be anywhere: `.ipynb_checkpoints`, `..data` of a ConfigMap, `_delta_log`, `_temporary`.
+    A folder such as `_year=2026` is a partition.
     """
     *folders, last = name.split("/")
     is_marker = [folder.startswith(".") or (folder.startswith("_") and "=" not in folder) for folder in folders]
@@ -225,8 +225,8 @@ def _format_reason(name: str, formats: Collection[str]) -> str:
     kind = format_of_name(name)
     if kind in formats:
         is_document = kind in ("txt", "json") and _DOCUMENTS.fullmatch(_stem(name))
-        return "named as documents are, and not as prompts" if is_document else ""
-    return f".{kind} is not read: {INSTEAD[kind]}" if kind in INSTEAD else "of no format that is read"
+        return "named like a document, not like prompts" if is_document else ""
+    return f".{kind} is not read: {INSTEAD[kind]}" if kind in INSTEAD else "of a format that is not read"
 
 
 def _stem(name: str) -> str:
@@ -236,11 +236,11 @@ def _stem(name: str) -> str:
 def _reason_by_rules_1(name: str) -> str:
     last = posixpath.basename(name)
     is_read = last.rpartition(".")[2].lower() in _FORMATS_OF_RULES_1 and not last.startswith((".", "_"))
-    return "" if is_read else "of no format that is read"
+    return "" if is_read else "of a format that is not read"
 
 
 def _common_folder(folders: Sequence[str]) -> str:
-    """Return the folder that names are relative to; empty if a list mixes a disk with a bucket."""
+    """Return the folder that names are relative to; empty for a mix of disk and bucket."""
     try:
         return posixpath.commonpath(folders)
     except ValueError:
@@ -256,13 +256,13 @@ def _describe(fs: fsspec.AbstractFileSystem, path: str, base: str) -> PromptFile
     with translated(uri, "read"):
         info = fs.info(path)
         version = str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
-        if info["size"] is None:  # a web server that does not say how long its answer is
+        if info["size"] is None:  # a web server that does not send the length
             data = fs.cat_file(path)
             size, version = len(data), version or hashlib.blake2b(data, digest_size=12).hexdigest()
         else:
             size = int(info["size"])
             version = version or _sample_hash(fs, path, size)
-    name = public_uri(path)  # ids are made of it: no signature, which changes from day to day
+    name = public_uri(path)  # without a signature, which changes every day: ids contain the name
     return PromptFile(uri=uri, name=posixpath.relpath(name, base) if base else name, size=size, version=version)
 
 

@@ -1,4 +1,4 @@
-"""Prompts from a recipe: rows without a file, samplers that add columns, a template that makes the prompt."""
+"""Prompts from a recipe: rows without a file, samplers that add columns, templates that make fields."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from flux_batch.prompts.wildcards import Wildcards, joined_lists, lists_of_yaml
 from flux_batch.records import IMAGE_COLUMNS
 from flux_batch.redaction import public_tree, public_uri
 
-# The file that rows without a file come from: their ids are `rows:0`, `rows:1`, ...
+# The file name of rows without a file: their ids are `rows:0`, `rows:1`, ...
 ROWS = "rows"
-# The fields whose texts may hold wildcards, and those whose templates may make an empty text that means something.
+# The fields whose texts may contain wildcards, and those for which an empty text from a template is a value.
 _WITH_WILDCARDS = ("prompt", "negative_prompt")
 _TEXTS = (*_WITH_WILDCARDS, "id", "lora", *IMAGE_COLUMNS)
 _FORMATS_OF_LISTS = ("txt", "yaml", "yml")
@@ -45,7 +45,7 @@ _READER_THREADS = 16
 
 
 class Recipe:
-    """The samplers and the template of a job. Raises: JobError for a key that cannot be used."""
+    """The samplers and the templates of a job. Raises: JobError for an invalid key."""
 
     def __init__(self, config: PromptsConfig) -> None:
         self._config = config
@@ -62,7 +62,7 @@ class Recipe:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows without a file."""
+        """The number of rows to make without a file."""
         return self._config.rows or 0
 
     @property
@@ -72,7 +72,7 @@ class Recipe:
 
     @property
     def made(self) -> pa.Schema:
-        """The columns that a row has of the recipe: the samplers', and those of the templates."""
+        """The columns that the samplers and the templates add to a row."""
         return pa.schema([*self.schema, *(pa.field(self._column(name), pa.string()) for name in self.templates)])
 
     @property
@@ -83,9 +83,9 @@ class Recipe:
 
     @property
     def version(self) -> str:
-        """A text that changes when other rows come of the recipe."""
+        """A hash that changes when the recipe makes other rows."""
         config = self._config
-        # Without signatures, which are new every day.
+        # Without the signatures of addresses, which change every day.
         lines = self._public_lines()
         content = [public_tree(config.samplers), config.template, config.design, config.rows, lines]
         if config.wildcards:
@@ -94,7 +94,7 @@ class Recipe:
 
     @property
     def lists(self) -> str:
-        """A text that changes when a list of values in a file does; empty without such lists."""
+        """A hash of the lists of values that are in files; empty without such lists."""
         if not self._lines:
             return ""
         return blake2b(json.dumps(self._public_lines(), sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -115,7 +115,7 @@ class Recipe:
             template.check_names(known)
 
     def completed(self, cells: Row | BadRow, seed: int, row_id: str, number: int) -> Row | BadRow:
-        """Return a row with the values of samplers and templates, and its wildcards drawn."""
+        """Return a row with the values of samplers and templates, and with its wildcards replaced."""
         if isinstance(cells, BadRow):
             return cells
         try:
@@ -124,7 +124,7 @@ class Recipe:
             if self.templates:
                 cells = {**cells, **self._rendered(cells)}
             return {**cells, **self._filled(cells, partial(draw, seed, row_id))} if self._wildcards else cells
-        except (ValueError, OverflowError) as error:  # the latter of times that Python cannot hold
+        except (ValueError, OverflowError) as error:  # OverflowError: a time that Python cannot hold
             return BadRow(str(error))
 
     def _shares(self, seed: int, row_id: str, number: int) -> Callable[[str], float]:
@@ -137,19 +137,19 @@ class Recipe:
         return partial(draw, seed, row_id)
 
     def _rendered(self, cells: Row) -> Row:
-        """Return what the templates make of a row, by column. Raises: ValueError with the key of the template."""
+        """Return the results of the templates for a row, by column. Raises: ValueError with the template's key."""
         texts: Row = {}
         for name, template in self.templates.items():
             try:
                 text = template.render(cells)
             except ValueError as error:
                 raise ValueError(f"{_key(self._config, name)}: {error}") from error
-            # An empty number is one that the job has a default for, as an empty cell is.
+            # An empty result for a number means the job's default, like an empty cell.
             texts[self._column(name)] = text if text.strip() or name in _TEXTS else None
         return texts
 
     def _filled(self, cells: Row, draw_for: Callable[[str], float]) -> Row:
-        """Return the texts of a row with their wildcards drawn. Raises: ValueError with the reason."""
+        """Return the texts of a row with their wildcards replaced. Raises: ValueError with the reason."""
         assert self._wildcards
         texts: Row = {}
         for name in _WITH_WILDCARDS:
@@ -189,14 +189,14 @@ class Recipe:
             )
         with ThreadPoolExecutor(_READER_THREADS) as pool:
             found = list(pool.map(self._read_lists, files))
-        # In the order of the files, whichever was read first: `version` depends on it.
+        # In the order of the files, not of reading: `version` depends on the order.
         self._lines |= {file.uri: lines for file, (_, lines) in zip(files, found, strict=True)}
         return joined_lists(lists.items() for lists, _ in found)
 
     def _read_lists(self, file: PromptFile) -> tuple[Mapping[str, list[str]], list[str]]:
         """Return the lists of a file by name, and all its lines.
 
-        The name of a text file is that of its list, those of a YAML file are its keys.
+        A text file is one list with the name of the file. A YAML file has several, named by its keys.
         """
         kind = format_of_name(file.name)
         if kind == "txt":
@@ -219,7 +219,7 @@ class Recipe:
         return self._lines[uri]
 
     def _read_lines(self, uri: str) -> list[str]:
-        """Return the values of a file with one a line."""
+        """Return the values of a file with one value per line."""
         table = open_table(uri, self._config.storage_options)
         lines = []
         rows = (row for part in table.split(1 << 20) for row in table.stream(part, {"prompt"}))
@@ -231,7 +231,7 @@ class Recipe:
         return lines
 
     def _public_lines(self) -> dict[str, list[str]]:
-        """Return the lines by address without query; those of addresses that differ by it alone are joined."""
+        """Return the lines by address without its query; join those of addresses that then are equal."""
         found: dict[str, list[str]] = {}
         for uri, lines in self._lines.items():
             found[public_uri(uri)] = found.get(public_uri(uri), []) + lines
@@ -239,17 +239,17 @@ class Recipe:
 
 
 def _draw_in(draw_for: Callable[[str], float], field: str, name: str) -> float:
-    """Return the number of a wildcard in the text of a field."""
+    """Return the random number for a wildcard in the text of a field."""
     return draw_for(f"{field}\x1f{name}")
 
 
 def _key(config: PromptsConfig, field: str) -> str:
-    """Return the key of the job file that holds the template of a field."""
+    """Return the job file's key of the template of a field."""
     return "prompts.template" if isinstance(config.template, str) else f"prompts.template.{field}"
 
 
 def _place(table: Table, number: int) -> str:
-    """Return the place of a row, counted from 1: its line, since blank lines are no rows, where a row has one."""
+    """Return the place of row `number`, from 1, in its file: its line if the format has lines."""
     if not isinstance(table, LineTable):
         return f"row {number}"
     return f"line {next(islice(table.split(1), number - 1, None)).line}"

@@ -1,6 +1,6 @@
 """One row of a prompts file -> an image request: its columns, their types and ranges, the job's defaults.
 
-Knows the sections `prompts` and `sampling` of the job file; does not know files or their formats.
+This module knows the sections `prompts` and `sampling` of the job file, but not files or their formats.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from flux_batch.sampling_params import (
     check_integer,
 )
 
-# Whole floats below are exact; from here on several whole numbers become the same float.
+# Smaller whole numbers are exact as floats; from here on, different ones may become the same float.
 _EXACT_FLOATS = 2**53
-# Digits of the largest whole number that any field takes, and more.
+# More digits than the largest whole number of any field has.
 _MAX_DIGITS = 40
-# Images of one column of a row.
+# The most images in one column of a row.
 _MAX_IMAGES = 16
 
 
 class RowParser:
-    """The reader of one row: values by column -> a validated ImageRequest, or a FailedRow with the reason."""
+    """A parser of rows: values by column -> a validated ImageRequest, or a FailedRow with the reason."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class RowParser:
         guidance: float | None = None,
         folders: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        """Read rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
+        """Parse rows of the prompts file `uri`; known: the settings that the pipeline knows, None for all.
 
-        guidance: that of the model with the LoRAs of the job; None where no image is made. folders: see ImageAccess.
+        guidance: the guidance of the model with the job's LoRAs; None if no images are made. folders: see ImageAccess.
         """
         self._known = known
         self._guidance_from_model = sampling.embedded_guidance is None and guidance is not None
@@ -76,7 +76,7 @@ class RowParser:
 
     @property
     def columns(self) -> set[str]:
-        """The names of all columns that a row may have a value in."""
+        """The names of all columns that are read from a row."""
         return {name for names in self._columns.values() for name in names} | set(self._passthrough)
 
     def parse(
@@ -84,7 +84,7 @@ class RowParser:
     ) -> ImageRequest | FailedRow:
         """Validate one row.
 
-        row: its number in the shard. line: returns its line in its file, 0 if it has none; asked if the row fails.
+        row: its number in the shard. line: returns its line in the file, 0 without one; called only if the row fails.
         """
         if isinstance(values, BadRow):
             place = _place(default_id, line())
@@ -96,7 +96,7 @@ class RowParser:
         passthrough = {name: values.get(name) for name in self._passthrough}
         try:
             if broken:
-                raise RowError(f"column {broken!r} is not valid Unicode: it holds half a character; write it whole")
+                raise RowError(f"column {broken!r} is not valid Unicode: it holds half of a surrogate pair")
             prompt = self._prompt(values)
             params = self._sampling(values)
             images = self._row_images(values)
@@ -136,7 +136,7 @@ class RowParser:
         prompt = self._cell(values, "prompt")
         column = self._columns["prompt"][0]
         if prompt in (None, "") and self._cell(values, "image_prompt") not in (None, "", []):
-            return ""  # as Redux was made for
+            return ""  # Redux makes images from image prompts alone
         if prompt is None:
             raise RowError(f"column {column!r} is null: a prompt is needed")
         if not isinstance(prompt, str):
@@ -148,7 +148,7 @@ class RowParser:
         return prompt
 
     def _sampling(self, values: Row) -> SamplingParams:
-        """Return the settings of a row. Raises: InvalidSetting; RowError if two spellings of one setting differ."""
+        """Return the settings of a row. Raises: InvalidSetting; RowError if two columns of one setting differ."""
         overrides: dict[str, Any] = {}
         for field in SAMPLING_FIELDS:
             names = [name for name in self._columns[field] if values.get(name) is not None]
@@ -156,12 +156,12 @@ class RowParser:
                 value = _convert(field, values[name])
                 if overrides.setdefault(field, value) != value:
                     raise RowError(
-                        f"columns {' and '.join(names)}: one setting with two values; leave one of them empty"
+                        f"columns {' and '.join(names)}: two different values of one setting; leave one of them empty"
                     )
         return replace(self._defaults, **overrides) if overrides else self._defaults
 
     def _row_images(self, values: Row) -> RowImages:
-        """Return the images of a row. Raises: RowError for one that cannot be used, or that lacks another."""
+        """Return the images of a row. Raises: RowError for an invalid one, or a mask without its image."""
         start = self._image_cell(values, "input_image")
         images = RowImages(
             input_image=self._input_image if start is None else self._image("input_image", start),
@@ -193,7 +193,7 @@ class RowParser:
         return self._guidance_from_model and not has_own and loras != self._loras.defaults
 
     def _image_cell(self, values: Row, field: str) -> Any:
-        """Return the cell of an image; of a struct its bytes, or else its path."""
+        """Return the cell of an image; for a struct, its bytes, or its path without bytes."""
         return _image_value(self._cell(values, field))
 
     def _several_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
@@ -209,7 +209,7 @@ class RowParser:
         return images
 
     def _weighted_images(self, values: Row, field: str) -> tuple[InputImage, ...]:
-        """Return the images of a cell with their weights: one for all, or one each."""
+        """Return the images of a cell with their weights: one weight for all, or one for each."""
         name = f"{field}_scale"
         images, cell = self._several_images(values, field), _listed(self._cell(values, name))
         if cell is None:
@@ -247,12 +247,12 @@ class RowParser:
         if seed is None:
             return tuple(image_seed(self._run_seed, row_id, index) for index in range(count))
         seed = _integer("seed", seed)
-        check_integer("seed", seed, 0, MAX_SEED - count)  # that of the row's last image is one, too
+        check_integer("seed", seed, 0, MAX_SEED - count)  # the last image's seed must be valid too
         return tuple((seed + index) % WRITTEN_SEEDS for index in range(count))
 
 
 def _with_whole_characters(values: Row) -> tuple[Row, str]:
-    """Return the values with `?` for half a character, and the first column with one; empty if none."""
+    """Return the values with `?` for lone surrogates, and the first column with one; empty if none."""
     whole, broken = {}, ""
     for name, value in values.items():
         try:
@@ -265,19 +265,19 @@ def _with_whole_characters(values: Row) -> tuple[Row, str]:
 
 
 def _place(row_id: str, line: int) -> str:
-    """Return where a row stands, for a message."""
+    """Return the place of a row, for messages."""
     return f"{row_id} (line {line})" if line else row_id
 
 
 def _image_value(cell: Any) -> Any:
-    """Return the value of a cell; of a struct as Hugging Face writes it, its bytes, or else its path."""
+    """Return the value of a cell; for a struct of Hugging Face, its bytes, or its path without bytes."""
     if isinstance(cell, Mapping):
         return cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     return cell
 
 
 def _listed(cell: Any) -> Any:
-    """Return the list that a text cell holds as JSON, since CSV has no lists; any other cell as it is."""
+    """Return the list that a text cell contains as JSON, since CSV has no lists; other cells unchanged."""
     if isinstance(cell, str) and cell.startswith("["):
         with suppress(ValueError, RecursionError):
             return json.loads(cell)
@@ -285,7 +285,7 @@ def _listed(cell: Any) -> Any:
 
 
 def _convert(field: str, value: Any) -> Any:
-    """Return the value of a cell in the type of a sampling field. Raises: InvalidSetting."""
+    """Return the value of a cell, converted to the type of a sampling field. Raises: InvalidSetting."""
     kind = SAMPLING_FIELDS[field].type
     if kind is int:
         return _integer(field, value)
@@ -297,9 +297,9 @@ def _convert(field: str, value: Any) -> Any:
 
 
 def _integer(field: str, value: Any) -> int:
-    """Return a whole number exactly, also from the text, decimals and floats that programs write.
+    """Return a whole number exactly, also from text, decimals and floats.
 
-    Raises: InvalidSetting for a float so large that it may have been another number before it became one.
+    Raises: InvalidSetting for a float so large that it may have been rounded from another number.
     """
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
         return value.__index__()
@@ -310,13 +310,13 @@ def _integer(field: str, value: Any) -> int:
         raise InvalidSetting(f"{field} = {_shown(value)}: must be a whole number", field=field)
     if abs(number) >= _EXACT_FLOATS:
         raise InvalidSetting(
-            f"{field} = {_shown(value)}: is a float, and no longer exact from 2^53 on; store whole numbers", field=field
+            f"{field} = {_shown(value)}: is a float, which is not exact from 2^53 on; store whole numbers", field=field
         )
     return int(number)
 
 
 def _integer_of_decimal(field: str, value: str | Decimal) -> int:
-    """Return the whole number that a text or decimal spells, without a float in between."""
+    """Return the whole number in a text or decimal, without conversion to a float."""
     try:
         number = Decimal(value.strip()) if isinstance(value, str) else value
     except ArithmeticError as error:
@@ -331,7 +331,7 @@ def _integer_of_decimal(field: str, value: str | Decimal) -> int:
 def _number(field: str, value: Any) -> float:
     try:
         if isinstance(value, bool):
-            raise TypeError("true and false are no numbers")
+            raise TypeError("true and false are not numbers")
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidSetting(f"{field} = {_shown(value)}: must be a number", field=field) from error
@@ -341,15 +341,16 @@ def _number(field: str, value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for a message, cut if it is long."""
+    """Return a value as text for messages, cut if it is long."""
     text = _spelled(value, repr)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def text_of(value: Any) -> str:
-    """Return the text of a cell: the same for 7, 7.0 and Decimal("7.00"), since a neighbour may decide which it is.
+    """Return the text of a cell, the same for 7, 7.0 and Decimal("7.00").
 
-    A column of whole numbers comes out as floats if one of them is null. NaN is no text, like null.
+    Other cells decide which of them it is: a column of whole numbers is read as floats if one is null. NaN gives an
+    empty text, like null.
     """
     if isinstance(value, (float, Decimal)):
         if not math.isfinite(value):
@@ -361,7 +362,7 @@ def text_of(value: Any) -> str:
 
 
 def _spelled(value: Any, spell: Callable[[Any], str]) -> str:
-    """Return the text of a value; Arrow spells the times that Python's own types cannot hold."""
+    """Return the text of a value; Arrow formats times that Python's types cannot hold."""
     try:
         return spell(value)
     except (ValueError, OverflowError):

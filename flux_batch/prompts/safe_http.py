@@ -1,8 +1,8 @@
-"""One file from the public web, for a URL in a row: bounded in size and time, never from inside the network.
+"""Fetching a row's image from the public web: limited in size and time, never from the internal network.
 
-Rows may be hostile: a URL must not make a worker read from a service that only the inside network may reach, such as a
-cloud's metadata service. So every IP address of a host is checked, the connection is made to the checked address, and
-each redirect is checked again. Proxies of the environment are not used.
+Rows may be hostile: a URL must not make a worker read from an internal service, such as a cloud's metadata service. So
+every IP address of a host is checked, the connection is made to a checked address, and each redirect is checked again.
+Proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ATTEMPTS = 3
 _FIRST_WAIT_S = 1.0
 _MAX_REDIRECTS = 5
 _MAX_ADDRESSES = 4
-# Timeouts of one answer: until the next byte, and until the last.
+# Timeouts of one answer: until the next byte, and until the end.
 _SILENCE_S, WHOLE_S = 10.0, 60.0
 _REDIRECTS = {301, 302, 303, 307, 308}
-# The server is overloaded or broken for the moment: worth another try.
+# The server is overloaded or broken at the moment, so the request is retried.
 _RETRYABLE_STATUSES = {408, 425, 429, 500, 502, 503, 504}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 from inside an IPv6 network
-# Networks that the ipaddress module, or some versions of it, wrongly takes for public.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 addresses as seen from an IPv6 network
+# Networks that the ipaddress module, or some versions of it, wrongly treats as public.
 _NOT_PUBLIC = (
     # Azure's platform service: https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
     ipaddress.ip_network("168.63.129.16/32"),
@@ -42,13 +42,13 @@ _NOT_PUBLIC = (
 
 
 class _Unavailable(Exception):
-    """The server did not answer, or asked for another try; the message is the reason."""
+    """The server did not answer, or answered that it is busy; the message is the reason."""
 
 
 def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] | None = None) -> bytes:
     """Return the bytes of a file by HTTP or HTTPS.
 
-    is_allowed: the check of each IP address before it is connected to; public addresses by default.
+    is_allowed: the check of each IP address before a connection; by default the address must be public.
     Raises: RowError for an address that is not allowed, more than `max_bytes`, or an answer that is not a file; its
     message does not contain the URL.
     """
@@ -62,11 +62,11 @@ def fetch(url: str, max_bytes: int, *, is_allowed: Callable[[IpAddress], bool] |
 
 
 def is_public(address: IpAddress) -> bool:
-    """Return whether an address is on the public internet: not this machine, its network or its cloud's services."""
+    """Return whether an address is public: not this machine's, its network's or its cloud's."""
     if isinstance(address, ipaddress.IPv6Address):
         if address in _NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-        # Other ways to wrap an IPv4 address would only hide it.
+        # Other forms that wrap an IPv4 address are refused: they would only hide it.
         if address.ipv4_mapped or address.sixtofour or address.teredo:
             return False
     is_special = address.is_multicast or address.is_reserved or address.is_unspecified
@@ -74,7 +74,7 @@ def is_public(address: IpAddress) -> bool:
 
 
 def check_url(url: str) -> SplitResult:
-    """Raise RowError unless `url` is a plain HTTP(S) address, without user or password."""
+    """Return the parts of a URL. Raises: RowError unless it is HTTP(S), without user and password."""
     try:
         parts = urlsplit(url)
         has_host = bool(parts.hostname)
@@ -84,7 +84,7 @@ def check_url(url: str) -> SplitResult:
     if parts.scheme not in ("http", "https") or not has_host:
         raise RowError("not a valid HTTP address")
     if "@" in parts.netloc:
-        raise RowError("an address with a user name or password in it is not fetched; take them out")
+        raise RowError("an address with a user name or password is not fetched; remove them")
     return parts
 
 
@@ -110,14 +110,14 @@ def _connected(
 ) -> Iterator[HTTPConnection]:
     """Yield a connection to a checked address; HTTPS checks the certificate against the host's name.
 
-    The connection is closed at the deadline, since a server may send single bytes for ever.
+    The connection is closed at the deadline, since a server may send single bytes forever.
     """
     host = parts.hostname or ""
     is_secure = parts.scheme == "https"
-    # Without a number the class would look for one in the host, and find the end of an IPv6 address.
+    # Without a port, http.client would parse one from the host, and take the end of an IPv6 address for it.
     port = parts.port or (443 if is_secure else 80)
     connection = (HTTPSConnection if is_secure else HTTPConnection)(host, port, timeout=_SILENCE_S)
-    connection.auto_open = 0  # it would look the name up again
+    connection.auto_open = 0  # reconnecting would resolve the name again, unchecked
     link = _open(_resolve(host, port, is_allowed), port)
     if is_secure:
         context = ssl.create_default_context()
@@ -142,11 +142,11 @@ def _resolve(host: str, port: int, is_allowed: Callable[[IpAddress], bool]) -> l
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:
         raise _Unavailable(f"the name {host} cannot be resolved") from error
-    # A zone, as in fe80::1%eth0, is no part of the address.
+    # ipaddress does not need the zone, as in fe80::1%eth0.
     addresses = list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
     for address in addresses:
         if not is_allowed(address):
-            raise RowError(f"{host}: is {address}, which is not a public address; rows may name no other")
+            raise RowError(f"{host}: is {address}, which is not a public address; rows may name only public ones")
     return addresses[:_MAX_ADDRESSES]
 
 
@@ -170,7 +170,7 @@ def _ask(connection: HTTPConnection, parts: SplitResult) -> HTTPResponse:
     target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     if parts.query:
         target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
-    # No compression: a small answer could become huge here.
+    # No compression: a small answer could expand to a huge one.
     headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "flux-batch"}
     connection.request("GET", target, headers=headers)
     return connection.getresponse()
@@ -183,7 +183,7 @@ def _read(answer: HTTPResponse, max_bytes: int, deadline: float) -> bytes:
     if answer.status != 200:
         raise RowError(f"the server answered {answer.status} {answer.reason}")
     if (answer.getheader("Content-Encoding") or "identity").lower() != "identity":
-        raise RowError("the server sent it compressed, unasked")
+        raise RowError("the server sent it compressed, although that was not requested")
     if (answer.length or 0) > max_bytes:
         raise RowError(f"{answer.length} bytes, more than the {max_bytes} allowed")
     data = bytearray()

@@ -1,6 +1,6 @@
-"""Values drawn for a row: each a function of the run's seed, the row and the sampler's name alone.
+"""Values drawn for a row; each depends only on the run's seed, the row and the sampler's name.
 
-Knows the key `prompts.samplers` of the job file; does not know what the values are for.
+This module knows the key `prompts.samplers` of the job file, not the use of the values.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flux_batch.prompts.formats.table import check_whole_characters
 from flux_batch.prompts.rows import text_of
 
 _KINDS = ("choice", "uniform", "normal", "integer", "file", "by")
-# Draws are of 53 bits, exact in a float.
+# Draws have 53 bits, which are exact in a float.
 _BITS = 53
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A weighted choice among values; without weights each is as likely."""
+    """A weighted choice among values."""
 
     values: tuple[Any, ...]
     weights: tuple[float, ...]
@@ -48,16 +48,16 @@ class _Choice:
 
     @cached_property
     def takes_all(self) -> bool:
-        """True if every value may be drawn."""
+        """True if every value can be drawn: no weight is 0."""
         return all(self.weights)
 
     def share_of(self, index: int) -> float:
-        """Return a share at which the value is that of an index."""
+        """Return a share for which `value` returns the value at an index."""
         bounds = self._bounds
         return ((bounds[index - 1] if index else 0.0) + bounds[index]) / 2 / bounds[-1]
 
     def value(self, share: float) -> Any:
-        """Return the value at a share of the whole, from 0 to 1."""
+        """Return the value at a share from 0 to 1 of the total weight."""
         bounds = self._bounds
         value = self.values[min(bisect_right(bounds, share * bounds[-1]), len(bounds) - 1)]
         return str(value) if value is not None and pa.types.is_string(self.kind) else value
@@ -65,7 +65,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A number between two others, or around one: `uniform`, `integer` or `normal`."""
+    """A random number: `uniform` or `integer` between two limits, or `normal` around a mean."""
 
     name: str
     first: float
@@ -77,7 +77,7 @@ class _Spread:
         return pa.int64() if self.name == "integer" else pa.float64()
 
     def value(self, share: float) -> Any:
-        """Return the value at a share of the whole, from 0 to 1."""
+        """Return the value at a share from 0 to 1 of the distribution."""
         if self.name == "integer":
             low, high = int(self.first), int(self.second)
             return min(low + math.floor(share * (high - low + 1)), high)
@@ -106,7 +106,7 @@ Sampler = _Choice | _Spread | Dependent
 
 
 def samplers_of(config: Mapping[str, Any], read_lines: Callable[[str], list[str]]) -> dict[str, Sampler]:
-    """Return the samplers of a job, those that others depend on first. Raises: JobError that names the sampler."""
+    """Return the samplers of a job, each after the ones it depends on. Raises: JobError that names the sampler."""
     found = {name: _sampler(f"prompts.samplers.{name}", value, read_lines) for name, value in config.items()}
     ordered: dict[str, Sampler] = {}
     while len(ordered) < len(found):
@@ -123,13 +123,13 @@ def samplers_of(config: Mapping[str, Any], read_lines: Callable[[str], list[str]
 
 
 def draw(seed: int, row: str, name: str) -> float:
-    """Return a number from 0 to less than 1 for a sampler of a row."""
+    """Return a pseudorandom number in [0, 1) for a sampler of a row."""
     digest = blake2b(f"{seed}\x1f{row}\x1f{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest) >> (64 - _BITS)) / float(1 << _BITS)
 
 
 def sampled(samplers: Mapping[str, Sampler], shares: Callable[[str], float], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a value of each sampler. Raises: ValueError if a dependent one has no case for the value it depends on."""
+    """Return a value of each sampler. Raises: ValueError if a dependent sampler has no case for a value."""
     values: dict[str, Any] = {}
     for name, sampler in samplers.items():
         case = sampler
@@ -174,7 +174,7 @@ def _simple(path: str, value: Any, read_lines: Callable[[str], list[str]]) -> _C
         return _choice(f"{path}: {content}", lines, [1.0] * len(lines))
     if kind in ("uniform", "normal", "integer"):
         return _spread(path, str(kind), content)
-    raise JobError(f"{path}: {kind!r} is no kind of sampler{did_you_mean(str(kind), _KINDS)}")
+    raise JobError(f"{path}: {kind!r} is not a kind of sampler{did_you_mean(str(kind), _KINDS)}")
 
 
 def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> _Choice:
@@ -182,15 +182,15 @@ def _choice(path: str, values: Sequence[Any], weights: Sequence[Any]) -> _Choice
         raise JobError(f"{path}: must have at least one value")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-            raise JobError(f"{path}: {value!r} is neither a text nor a number; YAML reads yes and no so: quote them")
+            raise JobError(f"{path}: {value!r} is neither a text nor a number; quote yes, no and the like in YAML")
         try:
             check_whole_characters(value)
         except ValueError as error:
-            raise JobError(f"{path}: {value!r} is not valid Unicode: it holds half a character") from error
+            raise JobError(f"{path}: {value!r} is not valid Unicode: it holds half of a surrogate pair") from error
     largest = 2**53 if any(isinstance(value, float) for value in values) else 2**63
     for value in values:
         if isinstance(value, int) and not -largest <= value < largest:
-            raise JobError(f"{path}: a whole number is too large; quote it to have it as text")
+            raise JobError(f"{path}: a whole number is too large; quote it to use it as text")
     if not all(_is_number(weight) and weight >= 0 for weight in weights) or not 0 < sum(map(float, weights)) < math.inf:
         raise JobError(f"{path}: weights must be numbers of at least 0, and not all 0")
     return _Choice(tuple(values), tuple(float(weight) for weight in weights))
@@ -230,21 +230,21 @@ def grid_shares(samplers: Mapping[str, Sampler], number: int) -> Iterator[tuple[
 
 def _num_values(name: str, sampler: Sampler) -> int:
     if not isinstance(sampler, _Choice) or not sampler.takes_all:
-        raise JobError(f"prompts.samplers.{name}: prompts.design: grid takes lists of values alone")
+        raise JobError(f"prompts.samplers.{name}: prompts.design: grid takes only lists of values")
     return len(sampler.values)
 
 
 def balanced_share(seed: int, number: int, num_rows: int, name: str) -> float:
-    """Return the share of row `number` in a Latin square: each of `num_rows` equal parts has exactly one row."""
+    """Return the share of row `number` in a Latin hypercube: one row in each of `num_rows` equal parts."""
     part = _permuted(number, num_rows, f"{seed}\x1f{name}")
     return (part + draw(seed, f"rows:{number}", name)) / num_rows
 
 
 def _permuted(number: int, size: int, key: str) -> int:
-    """Return a number's place in a pseudorandom permutation of `size` numbers, without making it.
+    """Return a number's place in a pseudorandom permutation of `size` numbers, without building it.
 
-    A Feistel network of four rounds over the next power of 4, walked until it ends inside: Black and Rogaway, 2002,
-    Ciphers with Arbitrary Finite Domains.
+    This is a Feistel network of four rounds over the next power of 4, repeated until the result is less than `size`:
+    Black and Rogaway, 2002, Ciphers with Arbitrary Finite Domains.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -1,6 +1,6 @@
-"""The data set of prompts: its files, how they split into ranges of rows, and the requests of a shard.
+"""The prompts data set: its files, their ranges of rows, and the requests of a shard.
 
-Knows the section `prompts` of the job file; does not know shards of output or images.
+This module knows the section `prompts` of the job file, but not the output or images.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from flux_batch.records import FailedRow, FileRange, ImageRequest, Shard
 from flux_batch.sampling_params import ALIASES
 from flux_batch.storage.passthrough import is_text, portable
 
-# Small files of one shard that are opened ahead of the row at hand.
+# The number of a shard's small files that are opened ahead of the present row.
 _READ_AHEAD = 8
 _TEXT = pa.string()
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-# Names that columns of prompts have in public data sets, the likeliest first.
+# Names of prompt columns in public data sets, the likeliest first.
 PROMPT_NAMES = ("prompt", "prompts", "caption", "captions", "text", "description", "synthetic_prompt", "meta_prompt")
-# Names that other programs have for fields of ours, which would be left unused without a word.
+# Names that other programs use for our fields. Without a note, such columns would be ignored silently.
 _NEAR_NAMES = {
     **dict.fromkeys(("step", "steps", "num_steps", "sampling_steps"), "num_inference_steps"),
     **dict.fromkeys(("guidance", "distilled_cfg_scale", "flux_guidance"), "embedded_guidance"),
@@ -70,13 +70,13 @@ _NEAR_NAMES = {
 
 
 def near_field(column: str) -> str | None:
-    """Return the field that a column seems to be, also by names of other programs; None if none."""
+    """Return the field that a column probably is, also by names of other programs; None if unknown."""
     plain = re.sub(r"[\s-]+", "_", column.strip().lower())
     return plain if plain in (*PROMPT_FIELDS, *ALIASES) else _NEAR_NAMES.get(plain)
 
 
 class PromptSource:
-    """The prompts of a job, as the job file describes them; `rules` are those by which its files are listed."""
+    """The prompts of a job; `rules` is the version of the rules for listing its files."""
 
     def __init__(self, config: PromptsConfig, rules: int = LISTING_RULES) -> None:
         self._config = config
@@ -84,13 +84,13 @@ class PromptSource:
         self._options = config.storage_options
         self._recipe = Recipe(config)
         self._schemas: dict[str, pa.Schema] = {}
-        self._last: pa.Schema | None = None  # of the file that was looked at last
+        self._last: pa.Schema | None = None  # of the file that was opened last
         self._checked: pa.Schema | None = None
         self._whole: tuple[str, JsonTable] | None = None
         self._lock = Lock()
 
     def files(self) -> tuple[PromptFile, ...]:
-        """Return the files in a fixed order. Raises: SourceError if a file is missing or nothing is found."""
+        """Return the files in a fixed order. Raises: SourceError if a file is missing or none is found."""
         return self.listing().files
 
     def listing(self) -> Listing:
@@ -102,13 +102,13 @@ class PromptSource:
 
     @property
     def lists(self) -> str:
-        """A text that changes when a list of values of `prompts.samplers` does; empty without lists in files."""
+        """A hash of the recipe's lists of values that are in files; empty without such lists."""
         return self._recipe.lists
 
     def split(self, file: PromptFile, num_rows: int, limit: int | None = None) -> list[RowRange]:
-        """Return one file cut into row ranges; with a limit only the first ones, which hold that many rows.
+        """Return the row ranges of one file; with a limit, only the first ones, up to that many rows.
 
-        A text is read no further than these. Raises: SourceError if a column of the job file is not in it.
+        A text file is read no further than these. Raises: SourceError if a column of the job file is missing in it.
         """
         if not self._config.uri:
             self._check_fields(self._recipe.made, "prompts.samplers")
@@ -118,7 +118,7 @@ class PromptSource:
         ranges = list(islice(table.split(num_rows), num_ranges))
         if ranges:  # a text file without rows has no columns either
             schema = self._schema_of(file, table, limit)
-            if limit is not None and not self._fits(schema):  # later rows may have what the first ones lack
+            if limit is not None and not self._fits(schema):  # later rows may have columns that the first ones lack
                 schema = self._schema_of(file, table)
             if not schema.names:
                 _check_first_row(table, ranges[0], file.uri)
@@ -128,7 +128,7 @@ class PromptSource:
         return ranges
 
     def unused_columns(self, files: Sequence[PromptFile]) -> list[str]:
-        """Return a sentence for each unused column with a name near a used one."""
+        """Return a sentence for each unused column whose name resembles a field."""
         schemas = {id(schema): schema for schema in map(self.schema, files)}
         names = {name for schema in schemas.values() for name in schema.names} - self._columns
         notes = []
@@ -139,9 +139,9 @@ class PromptSource:
         return notes
 
     def passthrough_schema(self, files: Sequence[PromptFile], of_nulls: pa.DataType = _TEXT) -> pa.Schema:
-        """Return the types of the passthrough columns over all files; a column without a value has `of_nulls`.
+        """Return the common types of the passthrough columns of all files; `of_nulls` for a column without values.
 
-        Raises: SourceError if they do not agree.
+        Raises: SourceError if the files disagree.
         """
         sampled = self._recipe.schema
         if not self._config.passthrough:
@@ -188,7 +188,7 @@ class PromptSource:
                 )
 
     def numbers_of(self, uri: str, fields: Sequence[str]) -> Iterator[pa.RecordBatch] | None:
-        """Return the columns of some fields of a Parquet file, by field and in order; None where there are none."""
+        """Return the columns of some fields of a Parquet file, named by field; None if it has none."""
         table = self._table(uri) if self._config.uri else None
         if not isinstance(table, ParquetTable):
             return None
@@ -200,7 +200,7 @@ class PromptSource:
         return (pa.RecordBatch.from_arrays(each.columns, names) for each in table.columns(found))
 
     def one_row(self, shard: Shard, number: int) -> FileRange:
-        """Return one row of a shard by itself."""
+        """Return the file range of a single row of a shard."""
         for piece in shard.parts:
             if number < piece.num_rows:
                 break
@@ -213,7 +213,7 @@ class PromptSource:
         return replace(piece, start=start, num_rows=1)
 
     def _rows_of(self, shard: Shard) -> Iterator[tuple[FileRange, Table | None, Iterator[Row | BadRow]]]:
-        """Yield the parts of a shard with their rows; of several small files, some are opened ahead."""
+        """Yield the parts of a shard with their rows; open some of several small files ahead."""
         columns = self._columns | self._recipe.columns
 
         def opened(piece: FileRange) -> tuple[Table | None, Iterator[Row | BadRow]]:
@@ -233,7 +233,7 @@ class PromptSource:
                 yield piece, *waiting.popleft().result()
 
     def _is_one_prompt(self, piece: FileRange, table: Table | None) -> bool:
-        """Return whether a file of a folder holds this prompt alone, and so names it."""
+        """Return whether this is the only prompt of a file in a folder; its id is then the file's name."""
         if self._rules < ONE_PROMPT_RULES or piece.start or piece.num_rows > 1:
             return False
         return isinstance(table, (TextTable, JsonTable)) and piece.uri not in self._named and table.is_one_row
@@ -263,7 +263,7 @@ class PromptSource:
         return pa.schema(fields)
 
     def schema(self, file: PromptFile, limit: int | None = None) -> pa.Schema:
-        """Return the columns of a file, those that its path names among them; `limit`: see `_schema_of`."""
+        """Return the columns of a file, with those named by its path; `limit`: see `_schema_of`."""
         if not self._config.uri:
             return self._recipe.schema
         with self._lock:
@@ -271,9 +271,9 @@ class PromptSource:
         return self._schema_of(file, self._table(file.uri), limit) if known is None else known
 
     def _schema_of(self, file: PromptFile, table: Table, limit: int | None = None) -> pa.Schema:
-        """Return the columns of an open file; files with the same ones mostly share one schema.
+        """Return the columns of an open file; consecutive files with equal columns share one object.
 
-        limit: the number of first rows that tell the columns of a format without a header; None for all rows.
+        limit: the number of first rows that are read for the columns of a format without a header; None reads all.
         """
         found = table.schema(limit) if isinstance(table, (JsonLinesTable, TarTable)) else table.schema()
         for name in self._partitions(file.name):
@@ -286,7 +286,7 @@ class PromptSource:
             return self._last
 
     def _fits(self, schema: pa.Schema) -> bool:
-        """Return whether a file has all needed columns, and prompts that are text."""
+        """Return whether a file has all needed columns, and text prompts."""
         prompt = self._config.columns.get("prompt", "prompt")
         kind = schema.field(prompt).type if schema.names.count(prompt) == 1 else _TEXT
         return self._needed.issubset(schema.names) and _may_be_prompts(kind)
@@ -299,20 +299,20 @@ class PromptSource:
 
     @cached_property
     def _columns(self) -> set[str]:
-        """The columns that rows are read of, but for those of the recipe."""
+        """The columns that rows are read from, without those of the recipe."""
         return RowParser(self._config, SamplingConfig()).columns
 
     def _partitions(self, name: str) -> dict[str, str | None]:
-        """Return the columns that the folders of a file name, as Hive does: `year=2026/part-0.parquet`."""
+        """Return the columns in the folder names of a file, as in Hive: `year=2026/part-0.parquet`."""
         if self._rules < PARTITION_RULES:
             return {}
         pairs = (folder.partition("=") for folder in name.split("/")[:-1])
         found = {key: None if value == _HIVE_NULL else unquote(value) for key, sign, value in pairs if sign and key}
-        found.pop(self._config.columns.get("id", "id"), None)  # it would be that of every row
+        found.pop(self._config.columns.get("id", "id"), None)  # all rows would have the same id
         return found
 
     def _table(self, uri: str) -> Table:
-        """Open a file; one that is read whole stays until another such is opened, since shards of it follow."""
+        """Open a file; keep the last one that is read whole, since more of its shards may follow."""
         with self._lock:
             if self._whole is not None and self._whole[0] == uri:
                 return self._whole[1]
@@ -327,7 +327,7 @@ class PromptSource:
         self._check_fields(pa.schema([*schema, *self._recipe.made]), uri)
         for name in self._columns:
             if schema.names.count(name) > 1:
-                raise SourceError(f"{uri}: column {name!r} stands twice in the header")
+                raise SourceError(f"{uri}: column {name!r} is twice in the header")
 
     def _check_fields(self, schema: pa.Schema, where: str) -> None:
         """Raise SourceError for a missing column, or prompts that are not text."""
@@ -350,14 +350,14 @@ def _row_range(piece: FileRange) -> RowRange:
 
 
 def _check_first_row(table: Table, rows: RowRange, uri: str) -> None:
-    """Raise SourceError with the reason of a first row that cannot be read; its file has no columns."""
+    """Raise SourceError if the first row of a file without columns cannot be read."""
     first = next(iter(table.stream(rows, ())), None)
     if isinstance(first, BadRow):
-        raise SourceError(f"{uri}: no row of it can be read; the first one is {first.reason}")
+        raise SourceError(f"{uri}: no row of it can be read; the first one: {first.reason}")
 
 
 def _lines_of(table: Table | None, piece: FileRange) -> list[int]:
-    """Return the line of each row of a piece; 0 where rows have none."""
+    """Return the line of each row of a piece; 0 if rows have no lines."""
     if not isinstance(table, LineTable):
         return [0] * piece.num_rows
     return [rows.line for rows in table.each_of(_row_range(piece))]
@@ -368,7 +368,7 @@ def _line_at(lines: Callable[[], list[int]], index: int) -> int:
 
 
 def _column(schema: pa.Schema, name: str, uri: str, named_by: str) -> pa.DataType:
-    """Return the type of a column. Raises: SourceError that lists the columns there are if it is not one of them."""
+    """Return the type of a column. Raises: SourceError with a hint or all column names if it is missing."""
     indices = schema.get_all_field_indices(name)
     if indices:
         return schema.field(indices[0]).type

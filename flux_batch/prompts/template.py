@@ -1,7 +1,7 @@
-"""A template of prompts: Jinja without what could take long, grow, or reach out.
+"""Templates of prompts: Jinja without features that could run long, use much memory, or access other objects.
 
-Loops, assignments, attributes, calls, blocks and imports are refused when the job is read; expressions, conditions and
-filters of text and numbers remain, and their results are cut off at a size.
+Loops, assignments, attributes, calls, blocks and imports are refused when the job is read. Expressions, conditions and
+filters of text and numbers are allowed; too long results are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from flux_batch.errors import JobError, did_you_mean, one_line
 
 _MAX_TEMPLATE, MAX_RESULT = 20_000, 100_000
-# The most characters that all expressions of a template may hold together, before their results are measured.
+# The most characters of all expressions of a template together, as estimated before it is rendered.
 _MAX_HELD = 10 * MAX_RESULT
 _FILTERS = (
     *("lower", "upper", "title", "capitalize", "trim", "replace", "default", "d", "length", "first", "last"),
@@ -37,7 +37,7 @@ _NODES = (
 
 
 class _Null(Undefined):
-    """A null cell: undefined, so that `default` replaces it and a text of it fails; false and unlike all else."""
+    """A null cell: `default` replaces it, its conversion to text fails, and it is false and equals only null."""
 
     __str__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
 
@@ -48,7 +48,7 @@ class _Null(Undefined):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, whose `*` and `%` are those of numbers: a text times a number can be of any size."""
+    """Jinja's sandbox with `*` and `%` for numbers only: a text times a number can have any size."""
 
     intercepted_binops = frozenset(["*", "%"])
 
@@ -59,7 +59,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Return an item; never an attribute of that name, as Jinja does."""
+        """Return an item; unlike Jinja, never an attribute of that name."""
         try:
             return obj[argument]
         except (TypeError, LookupError):
@@ -67,7 +67,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class PromptTemplate:
-    """A checked template. Raises: JobError that names the line and what is not allowed."""
+    """A checked template. Raises: JobError with the line and the forbidden feature."""
 
     def __init__(self, text: str, key: str = "prompts.template") -> None:
         if len(text) > _MAX_TEMPLATE:
@@ -115,7 +115,7 @@ class PromptTemplate:
             return "".join(parts)
         except ValueError:
             raise
-        except Exception as error:  # of texts added to numbers, of times that Python cannot hold, and Jinja's own
+        except Exception as error:  # Jinja's own, e.g. for a text plus a number, or a time that Python cannot hold
             raise ValueError(one_line(error)) from error
 
 
@@ -125,12 +125,10 @@ def _check(node: nodes.Node, key: str) -> None:
         what = name.get(type(node).__name__, type(node).__name__.lower())
         raise JobError(f"{key}: line {node.lineno}: {what} is not allowed in a template")
     if isinstance(node, nodes.Name) and node.name in _OWN_NAMES:
-        raise JobError(f"{key}: line {node.lineno}: {node.name!r} is a name of Jinja's own")
+        raise JobError(f"{key}: line {node.lineno}: {node.name!r} is a reserved name of Jinja")
     for kind, word, known in ((nodes.Filter, "filter", _FILTERS), (nodes.Test, "test", _TESTS)):
         if isinstance(node, kind) and node.name not in known:
-            raise JobError(
-                f"{key}: line {node.lineno}: the {word} {node.name!r} is not there; there are {', '.join(known)}"
-            )
+            raise JobError(f"{key}: line {node.lineno}: there is no {word} {node.name!r}; there are {', '.join(known)}")
 
 
 def _null(name: str) -> _Null:
@@ -142,14 +140,14 @@ def _is_null(value: Any) -> bool:
 
 
 def _rounded(value: Any, precision: int = 0) -> float:
-    """Return a number rounded to some places. Raises: ValueError for more than a float has."""
+    """Return a number rounded to `precision` places. Raises: ValueError unless that is from 0 to 20."""
     if not isinstance(precision, int) or not 0 <= precision <= 20:
-        raise ValueError("round is to 0 to 20 places")
+        raise ValueError("round takes 0 to 20 places")
     return round(float(value), precision)
 
 
 def _replaced(text: Any, old: str, new: str, count: int = -1) -> str:
-    """Return a text with another in its place. Raises: ValueError if it grows beyond a prompt."""
+    """Return a text with `old` replaced by `new`. Raises: ValueError if the result is too long."""
     whole = str(text)
     if len(whole) + (whole.count(old) if old else len(whole) + 1) * len(new) > MAX_RESULT:
         raise ValueError(f"is longer than {MAX_RESULT} characters")

@@ -1,7 +1,7 @@
-"""Wildcards in prompts, as two user interfaces have them: `__animal__` from files, and choices such as `{a|b}`.
+"""Wildcards in prompts: `__animal__` takes a line of a file, `{a|b}` takes one of the options.
 
-The syntax is that of adieyal/dynamicprompts (docs/SYNTAX.md) and of ltdrdata/ComfyUI-Impact-Pack, as far as they agree;
-several choices are joined by a comma, as in the first. Knows texts and draws; does not know where files lie.
+The syntax is that of adieyal/dynamicprompts (docs/SYNTAX.md) and ltdrdata/ComfyUI-Impact-Pack, where these agree.
+Several options are joined by a comma, as in the former. This module knows texts and draws, not the place of files.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _Draw = Callable[[str], float]
 
 @dataclass(frozen=True)
 class _Choice:
-    """The options of `{...}` with their weights as running sums, and the number to take.
+    """The options of `{...}`, the running sums of their weights, and the number to take.
 
-    text: the whole as written. high: None for all options.
+    text: the source text. low, high: the range of that number; high is None for all options.
     from_list: the name of the list whose lines are the options, in `{2$$__animal__}`.
     """
 
@@ -47,7 +47,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The lines of a list and the running sums of their weights."""
+    """The lines of a list, and the running sums of their weights."""
 
     texts: Sequence[str]
     sums: Sequence[float]
@@ -74,7 +74,7 @@ class Wildcards:
         self._found = lru_cache(4096)(self._lines_of)
 
     def check(self, text: str, key: str) -> None:
-        """Raise JobError for a name in a template that no list has."""
+        """Raise JobError for a wildcard in a template that has no list."""
         for name in _NAME.findall(text):
             try:
                 self._found(name)
@@ -82,17 +82,16 @@ class Wildcards:
                 raise JobError(f"{key}: {error}") from error
 
     def filled(self, text: str, draw: _Draw) -> str:
-        """Return a text with something drawn for each wildcard and choice. Raises: ValueError with the reason.
+        """Return a text with each wildcard and choice replaced by a draw. Raises: ValueError with the reason.
 
-        draw: returns a number from 0 to less than 1 for a name, which is a wildcard or choice and its number among
-        those that are alike.
+        draw: returns a number in [0, 1) for a name: the text of a wildcard or choice, and its number among equal ones.
         """
         if "{" not in text and "__" not in text and "\\" not in text:
             return text
         return _Filling(self._parsed, self._found, draw).text_of(self._parsed(text))
 
     def _lines_of(self, name: str) -> _Lines:
-        """Return the lines of a list, or of all whose names fit. Raises: ValueError if there is none."""
+        """Return the lines of a list, or of all lists that match a pattern. Raises: ValueError if there is none."""
         names = [name] if name in self._lists else [each for each in sorted(self._lists) if fnmatchcase(each, name)]
         found = [_weight_of(line) for each in names for line in self._lists[each]]
         if any(weight for weight, _ in found):
@@ -102,7 +101,7 @@ class Wildcards:
 
 
 def joined_lists(lists: Iterable[Iterable[tuple[str, Sequence[str]]]]) -> dict[str, list[str]]:
-    """Return the lists of several files as one mapping; lists of one name are joined."""
+    """Return the lists of several files as one mapping; lists with the same name are joined."""
     found: dict[str, list[str]] = {}
     for each in lists:
         for name, lines in each:
@@ -111,7 +110,7 @@ def joined_lists(lists: Iterable[Iterable[tuple[str, Sequence[str]]]]) -> dict[s
 
 
 def lists_of_yaml(tree: object, name: str = "") -> dict[str, list[str]]:
-    """Return the lists of a YAML file: their names are its keys, joined by slashes. Raises: ValueError."""
+    """Return the lists of a YAML file, named by its keys joined with slashes. Raises: ValueError."""
     if isinstance(tree, Mapping):
         below = ((f"{name}/{key}" if name else str(key), value) for key, value in tree.items())
         return joined_lists(lists_of_yaml(value, each).items() for each, value in below)
@@ -123,7 +122,7 @@ def lists_of_yaml(tree: object, name: str = "") -> dict[str, list[str]]:
 
 @dataclass
 class _Filling:
-    """The state of filling one text: its draws so far, and how deep lists name each other."""
+    """The state of filling one text: the number of draws for each name, and the length so far."""
 
     parse: Callable[[str], Sequence[_Part]]
     lines: Callable[[str], _Lines]
@@ -157,31 +156,31 @@ class _Filling:
             index = self._index(choice.text, sums)
             option = options.pop(index)
             texts.append(self.text_of(self.parse(option) if isinstance(option, str) else option, depth + 1))
-            if count > 1:  # each is taken once
+            if count > 1:  # each option is taken at most once
                 weights = [above - below for below, above in pairwise((0.0, *sums))]
                 sums = list(accumulate(weight for at, weight in enumerate(weights) if at != index))
         return choice.joined_by.join(texts)
 
     def _options_of(self, choice: _Choice) -> tuple[list[str | Sequence[_Part]], Sequence[float]]:
-        """Return the options and the running sums of their weights; lines of a list are not parsed yet."""
+        """Return the options and the running sums of their weights; the lines of a list are not yet parsed."""
         if choice.from_list is None:
             return [*choice.options], choice.sums
         lines = self.lines(choice.from_list)
         return [*lines.texts], lines.sums
 
     def _number_of(self, choice: _Choice, most: int) -> int:
-        """Draw how many of at most `most` options are taken."""
+        """Draw the number of options to take, at most `most`."""
         low, high = sorted(min(most if bound is None else bound, most) for bound in (choice.low, choice.high))
         if high == low:
             return low
         return low + min(int(self._next(f"{choice.text}$$") * (high - low + 1)), high - low)
 
     def _index(self, name: str, sums: Sequence[float]) -> int:
-        """Draw an index; what weighs nothing is never drawn."""
+        """Draw an index; one with weight 0 is never drawn."""
         return min(bisect_right(sums, self._next(name) * sums[-1]), len(sums) - 1)
 
     def _next(self, name: str) -> float:
-        """Return the next number of a name: one draw does not move those of other names."""
+        """Return the next draw for a name; draws for other names do not change it."""
         self.counts[name] += 1
         if self.counts.total() > _MAX_DRAWS:
             raise ValueError(f"has more than {_MAX_DRAWS} wildcards and choices")
@@ -189,7 +188,7 @@ class _Filling:
 
 
 def _parsed(text: str) -> Sequence[_Part]:
-    """Return the parts of a text. Raises: ValueError for a brace without its other."""
+    """Return the parts of a text. Raises: ValueError for an unmatched brace."""
     parts, end = _parts(text, 0, 0)
     if end < len(text):
         raise ValueError(f"a }} is not opened: {text[max(0, end - 20) : end + 1]}")
@@ -197,7 +196,7 @@ def _parsed(text: str) -> Sequence[_Part]:
 
 
 def _parts(text: str, at: int, depth: int) -> tuple[list[_Part], int]:
-    """Read parts up to the end of the text or, within braces, of the option."""
+    """Read parts up to the end of the text or, inside braces, of the option."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"braces are nested deeper than {_MAX_DEPTH}")
     parts: list[_Part] = []
@@ -223,7 +222,7 @@ def _parts(text: str, at: int, depth: int) -> tuple[list[_Part], int]:
 
 
 def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
-    """Read `{...}`, from its first brace on."""
+    """Read a `{...}` that begins at `begin`."""
     at, low, high, joined_by = begin + 1, "1", "1", _JOINED_BY
     if found := _COUNT.match(text, at):
         at = found.end()
@@ -254,6 +253,6 @@ def _choice(text: str, begin: int, depth: int) -> tuple[_Choice, int]:
 
 
 def _weight_of(text: str) -> tuple[float, str]:
-    """Return the weight of an option or line, or 1, and the rest."""
+    """Return the weight of an option or line, 1 by default, and the remaining text."""
     found = _WEIGHT.match(text)
     return (float(found[1]), text[found.end() :]) if found else (1.0, text)

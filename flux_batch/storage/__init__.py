@@ -1,1 +1,1 @@
-"""Bytes: one store over fsspec, one retry policy, local disk; knows no tensor and no cluster."""
+"""Storage of bytes: one store over fsspec, one retry policy, local disk; no tensors, no cluster."""

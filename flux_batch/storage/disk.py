@@ -1,4 +1,4 @@
-"""Steps of a write to a disk: the folder of a file, and its publishing under a name that must be free."""
+"""Steps of a write to a disk: make the folder of a file, and publish a file under a free name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import errno
 import os
 from pathlib import Path
 
-# The answers of file systems without hard links: FUSE mounts of buckets, FAT.
+# Errors of file systems without hard links: FUSE mounts of buckets, FAT.
 _NO_LINK_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
-# Tries to make a folder that others remove.
+# Attempts to make a folder while other processes remove its parents.
 _TRIES = 10
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; others may remove them meanwhile, as they are empty.
+    """Make a folder and its parents, even while other processes remove them as empty folders.
 
-    Raises: FileNotFoundError where none can be made, NotADirectoryError for the name of a file.
+    Raises: FileNotFoundError where no folder can be made, NotADirectoryError if the name is that of a file.
     """
     for left in reversed(range(_TRIES)):
         try:
@@ -31,14 +31,14 @@ def make_folder(folder: Path) -> None:
 
 
 def create(temporary: str, target: str) -> None:
-    """Publish a file under a name that must be free: a hard link, or a look-up and a rename without them."""
+    """Publish a file under a name that must be free: by a hard link, or by a look-up and a rename."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in _NO_LINK_ERRNOS:
             raise
         try:
-            os.stat(target)  # os.path.exists would take a disk that errs for a free name
+            os.stat(target)  # os.path.exists would return False for a disk error
         except FileNotFoundError:
             os.replace(temporary, target)
         else:

@@ -1,4 +1,4 @@
-"""The entries directly in a folder, with the bytes of each: of a disk, or of a file system of fsspec."""
+"""Listings of a folder on a disk or in an fsspec file system: the names in it with their sizes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-# A name and the bytes of the object; None for a folder.
+# A name and the size of the object in bytes; None for a folder.
 Entry: TypeAlias = tuple[str, int | None]
 
 
 def local_entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
-    """Yield the entries of a folder on a disk; without sizes an object has 0 bytes.
+    """Yield the entries of a folder on a disk; without sizes, every object has 0 bytes.
 
-    Three times as fast as fsspec, and what is removed meanwhile is left out. Raises: OSError.
+    This is three times as fast as fsspec. Files that are removed during the listing are left out. Raises: OSError.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -32,9 +32,10 @@ def local_entries(folder: str, *, with_sizes: bool) -> Iterator[Entry]:
 
 
 def local_files(folder: str) -> Iterator[str]:
-    """Yield the paths of all files under a folder on a disk; a link to a folder is an entry that is not entered.
+    """Yield the paths of all files under a folder on a disk; links to folders are yielded, not followed.
 
-    fsspec leaves out what cannot be read; this leaves out what is removed meanwhile. Raises: OSError.
+    Folders that are removed during the listing are left out. A folder that cannot be read raises OSError, where fsspec
+    would leave it out.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -46,7 +47,10 @@ def local_files(folder: str) -> Iterator[str]:
 
 
 def listed_entries(folder: str, listed: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:
-    """Yield the entries of a folder from what fsspec lists with details; it may list the folder itself."""
+    """Yield the entries of a folder from a detailed listing of fsspec.
+
+    The listing may contain the folder itself, which is left out.
+    """
     for each in listed:
         parent, _, name = each["name"].rstrip("/").rpartition("/")
         if parent == folder:

@@ -1,6 +1,6 @@
-"""The errors of file systems: transient ones, refusals, and those of a full disk.
+"""Translation of file system errors into StoreErrors, and their kinds: transient, refusal, full disk.
 
-The only place that translates them. Knows file systems and HTTP statuses; performs no operation.
+This is the only module that translates them. It knows file systems and HTTP statuses, and performs no operation.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from flux_batch.errors import AlreadyExists, DiskFull, FluxBatchError, NotFound,
 from flux_batch.redaction import public_text
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-# Client libraries whose exceptions are not OSErrors; recognised by module, so that none has to be imported.
+# Client libraries whose exceptions are not OSErrors. They are recognised by module name, without importing them.
 _CLIENTS = {
     *("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"),
     *("httpx", "httpx2", "httpcore", "httpcore2"),  # of huggingface_hub
 }
 _REFUSALS = (PermissionError, IsADirectoryError, NotADirectoryError)
-# A disk that answers with one of these will do so again.
+# Errors of a disk that a retry does not change.
 _REFUSAL_ERRNOS = {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ELOOP, errno.EFBIG, errno.EXDEV}
-# HTTP statuses: the transient ones below 500, where others are refusals, and the lasting ones from 500 on.
+# Below status 500, only these are transient: the others are refusals. From 500 on, only these are permanent.
 _TRANSIENT_STATUSES = {408, 409, 412, 425, 429}
 _LASTING_STATUSES = {501, 505}
 _FULL_STATUSES = {507}
-# S3 answers 400 for a body that was cut or changed on its way, and when it waited in vain for the rest of one; and 403
-# for a request that was signed long ago, as by a machine that slept meanwhile, or whose clock is being set.
+# S3 answers 400 for a body that was truncated or corrupted in transit, or that did not arrive in time. It answers 403
+# for a request with an old signature: the machine was suspended after signing, or its clock is wrong.
 _TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "RequestTimeTooSkewed", "RequestTimeout", "SlowDown"}
 _TRANSIENT_CODES |= {"XAmzContentSHA256Mismatch"}
 _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull"}  # of Ceph and MinIO
@@ -37,7 +37,7 @@ NO_BUCKET = "NoSuchBucket"
 
 @contextmanager
 def translated(uri: str, operation: str) -> Iterator[None]:
-    """Raise the errors of file systems as StoreErrors that name URI and operation."""
+    """Translate errors of file systems into StoreErrors that name the URI and the operation."""
     try:
         yield
     except FluxBatchError:
@@ -61,7 +61,10 @@ def translated(uri: str, operation: str) -> Iterator[None]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether another attempt may succeed: the error is no answer about the key, refusal or full disk."""
+    """Return whether another attempt may succeed.
+
+    It will not if a key is taken or missing, the storage refused, or the disk is full.
+    """
     if isinstance(error, (FileExistsError, FileNotFoundError, FluxBatchError)):
         return False
     if is_full(error) or is_refusal(error) or status(error) in _LASTING_STATUSES:
@@ -82,7 +85,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether a disk is full, or the quota of this user."""
+    """Return whether a disk is full, or this user's quota is used up."""
     if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
         return True
     return status(error) in _FULL_STATUSES or code(error) in _FULL_CODES
@@ -95,13 +98,13 @@ def status(error: BaseException) -> int | None:
         answer = answer or getattr(link, "status_code", None)
         if isinstance(answer, int) and answer >= 300:
             return answer
-    # huggingface_hub's own error; whoever raised another from it has said more than its status.
+    # An error of huggingface_hub. It counts only unwrapped: an error raised from it says more than its status.
     answer = getattr(getattr(error, "response", None), "status_code", None)
     return answer if isinstance(error, OSError) and isinstance(answer, int) else None
 
 
 def http_status(error: BaseException | None) -> int | None:
-    """Return the HTTP status behind an error of any client, whatever was raised from it; None if nobody answered."""
+    """Return the HTTP status behind an error of any client, also a wrapped one; None if no server answered."""
     if error is None:
         return None
     for link in _chain(error):
@@ -117,13 +120,13 @@ def code(error: BaseException) -> str:
 
 
 def said(error: BaseException) -> str:
-    """Return what a storage said as one public line: its code, and its message if it sent one."""
+    """Return the storage's error as one public line: its code, and its message if it sent one."""
     for link in _chain(error):
         answer = _answer(link).get("Error", {})
         if answer.get("Code"):
             code, message = str(answer["Code"]), " ".join(str(answer.get("Message") or "").split())
             return public_text(code if message in ("", "None", code) else f"{code}: {message}")
-        fields = getattr(link, "kwargs", None)  # botocore's, with the address of the whole key
+        fields = getattr(link, "kwargs", None)  # of botocore; its endpoint_url contains the whole key
         if isinstance(fields, dict) and (url := str(fields.get("endpoint_url") or "")):
             return " ".join(public_text(str(link).replace(url, origin(url))).split())
     return one_line(error)
@@ -142,7 +145,7 @@ def _answer(error: BaseException) -> dict[str, Any]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes: s3fs hides the answer of a server behind an OSError."""
+    """Yield an error and its causes: s3fs raises an OSError from the error that holds the server's answer."""
     link: BaseException | None = error
     while link is not None:
         yield link

@@ -1,4 +1,4 @@
-"""The file system behind an address, and the settings of its client; knows no object of a run."""
+"""The file system of an address, with the settings of its client; knows nothing of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flux_batch.errors import StoreRefused, one_line
 from flux_batch.redaction import public_text
 from flux_batch.storage import s3
 
-# How often the client of S3 tries a request again by itself, as botocore does by default.
+# Retries by the S3 client itself; the default of botocore.
 _S3_RETRIES = 4
 
 
@@ -20,10 +20,10 @@ def open_filesystem(
 ) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open the file system of a URI; listings are never cached, since other machines write too.
 
-    num_retries: how often the client of S3 tries a request again by itself.
+    num_retries: the number of retries that the S3 client makes itself.
     Returns: the file system and the path of `uri` in it.
-    Raises: StoreRefused for a protocol that is not installed or options that do not fit; OSError of a client that
-    connects at once.
+    Raises: StoreRefused for a protocol that is not installed or options that do not fit; OSError if the client
+    connects immediately and fails.
     """
     options = {**storage_options, "use_listings_cache": False}
     try:
@@ -33,19 +33,19 @@ def open_filesystem(
             options["client_kwargs"] = {**_http_client(), **options.get("client_kwargs", {})}
         fs, path = fsspec.url_to_fs(uri, **options)
         if hasattr(fs, "connect"):
-            fs.connect()  # s3fs would meet options that do not fit only at its first request
+            fs.connect()  # otherwise s3fs would reject wrong options only at its first request
     except (ImportError, ValueError, TypeError) as error:
         raise StoreRefused(f"{uri}: cannot be opened: {one_line(error)}; check the URI and storage_options") from error
     except OSError as error:
-        if type(error) is not OSError or error.errno is not None:  # the network's; another attempt may succeed
+        if type(error) is not OSError or error.errno is not None:  # a network error: another attempt may succeed
             raise
-        reason = public_text(str(error)).partition("\n")[0]  # that of HDFS without Java goes on for pages
+        reason = public_text(str(error)).partition("\n")[0]  # HDFS without Java prints pages after the first line
         raise StoreRefused(f"{uri}: cannot be opened: {reason}") from error
     return fs, path
 
 
 def _http_client() -> dict[str, Any]:
-    """Return the settings of HTTP clients: the proxies of the environment, and no time limit while bytes arrive."""
+    """Return the settings of HTTP clients: proxies from the environment, no time limit while bytes arrive."""
     from aiohttp import ClientTimeout
 
     return {"trust_env": True, "timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}

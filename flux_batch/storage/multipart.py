@@ -1,7 +1,7 @@
-"""Objects of S3 that are written in parts: put if absent, and what killed writers left of their uploads.
+"""Multipart uploads to S3: put if absent, and the unfinished uploads of killed writers.
 
-A store may honour the condition of a single request and ignore it at the end of an upload (Ceph's gateway 16.2 does).
-So the key is looked up once more right before the upload is completed, by one writer at a time.
+A store may honour the condition of a single request but ignore it when an upload is completed, as Ceph's gateway 16.2
+does. So one writer at a time looks the key up again right before it completes its upload.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from flux_batch.storage.retry import with_few_retries
 from flux_batch.storage.s3 import ask, ask_bucket, is_there
 from flux_batch.storage.turns import turn
 
-# The most that S3 takes in one request; a gateway may take less, and answers 413.
+# The largest object that S3 accepts in one request; a gateway may accept less, and then answers 413.
 MAX_PUT_BYTES = 5 << 30
-# The least size of a part; S3 allows 10,000 parts of an object.
+# The smallest part. S3 allows 10,000 parts of an object.
 PART_BYTES = 32 << 20
 _MAX_PARTS = 10_000
-# Parts on their way at once; each is in memory.
+# Parts that are sent at the same time; each is held in memory.
 _PARTS_AT_ONCE = 4
 
 
@@ -39,10 +39,10 @@ class Upload:
 
 
 async def put_whole(fs: Any, path: str, data: bytes | Path, turns: str) -> None:
-    """Create an object by one request, which the store refuses for a taken key; in parts if it is too large for one.
+    """Create an object in one conditional request; in parts if it is too large for one.
 
-    turns: the folder in which writers of parts announce themselves.
-    Raises: what s3fs raises for a condition that does not hold.
+    turns: the folder of the locks of `turn`.
+    Raises: FileExistsError, or the error of s3fs for a taken key.
     """
     if _size(data) <= MAX_PUT_BYTES:
         try:
@@ -54,11 +54,11 @@ async def put_whole(fs: Any, path: str, data: bytes | Path, turns: str) -> None:
 
 
 async def put_in_parts(fs: Any, path: str, data: bytes | Path, turns: str, *, is_conditional: bool) -> None:
-    """Create an object in parts, unless there is one when all parts are there.
+    """Create an object in parts, unless the key is taken when all parts are uploaded.
 
-    turns: the folder in which writers of parts announce themselves, so that one at a time ends its upload.
-    is_conditional: whether the store knows the condition, which the last request then carries too.
-    Raises: FileExistsError, with the upload aborted.
+    turns: the folder of the locks of `turn`, so that one writer at a time completes its upload.
+    is_conditional: True if the store knows conditional writes; the last request then carries the condition too.
+    Raises: FileExistsError; the upload is then aborted.
     """
     upload = (await ask(fs, "create_multipart_upload", path, **_content_type(path)))["UploadId"]
     try:
@@ -69,7 +69,7 @@ async def put_in_parts(fs: Any, path: str, data: bytes | Path, turns: str, *, is
             condition = {"IfNoneMatch": "*"} if is_conditional else {}
             await _complete(fs, path, upload, parts, condition)
     except BaseException:
-        with suppress(Exception):  # what stays is found by `list_uploads`
+        with suppress(Exception):  # `list_uploads` finds an upload that stays
             await ask(fs, "abort_multipart_upload", path, UploadId=upload)
         raise
 
@@ -103,9 +103,9 @@ async def _put(fs: Any, path: str, data: bytes | Path) -> None:
 
 
 async def _checksum(fs: Any, data: bytes | Path) -> dict[str, str]:
-    """Return the checksum of what is sent over TLS, nothing without TLS.
+    """Return the MD5 of a body that is sent over TLS; nothing without TLS.
 
-    Without it the client would hash the body on the loop of all requests, as it must where there is no TLS.
+    Otherwise the client would hash the body in the event loop and hold up all requests, as it must without TLS.
     """
     if not fs._s3.meta.endpoint_url.startswith("https:"):
         return {}
@@ -113,7 +113,7 @@ async def _checksum(fs: Any, data: bytes | Path) -> dict[str, str]:
 
 
 async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[dict[str, Any]]:
-    """Upload all parts, a few at once. Returns: their numbers and tags, as the end of the upload wants them."""
+    """Upload all parts, a few at once. Returns: their numbers and tags, for complete_multipart_upload."""
     size = _size(data)
     part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
     starts = list(enumerate(range(0, max(size, 1), part_bytes), 1))
@@ -127,7 +127,7 @@ async def _upload(fs: Any, path: str, upload: str, data: bytes | Path) -> list[d
 
 async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes]) -> list[dict[str, Any]]:
     async def send(number: int, body: bytes) -> dict[str, Any]:
-        # Else one lost request would cost all parts of the object.
+        # Retried here: otherwise one failed part would cause all parts to be sent again.
         answer = await with_few_retries(
             lambda: ask(fs, "upload_part", path, UploadId=upload, PartNumber=number, Body=body)
         )
@@ -137,7 +137,7 @@ async def _upload_parts(fs: Any, path: str, upload: str, bodies: dict[int, bytes
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
-        for task in tasks:  # a part that comes after the upload was aborted would stay
+        for task in tasks:  # a part that arrives after the upload was aborted would stay
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise

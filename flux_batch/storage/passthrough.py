@@ -1,6 +1,6 @@
-"""The user's own columns, which travel with the images: their types, and their values in each output format.
+"""The user's columns that are copied into the metadata: their types and their values in each output format.
 
-Knows Arrow types and Python values; does not know what the columns mean.
+This module knows Arrow types and Python values, not the meaning of the columns.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 
-# The names of types that Arrow and Hugging Face spell differently.
+# Arrow's type names that Hugging Face spells differently.
 _HF_NAMES = {"double": "float64", "float": "float32", "date32[day]": "date32"}
 
 
 def portable(kind: pa.DataType) -> pa.DataType:
-    """Return the type in which a column travels: the same values, in encodings that every reader knows.
+    """Return the type in which a column is written: the same values, in encodings that all readers know.
 
     Raises: ValueError for a type that JSON or Hugging Face data sets do not have.
     """
@@ -43,7 +43,7 @@ def portable(kind: pa.DataType) -> pa.DataType:
     if types.is_date(kind):
         return pa.date32()
     if types.is_timestamp(kind) and kind.tz is not None and not is_known_zone(kind.tz):
-        return pa.timestamp(kind.unit, "UTC")  # the same moments
+        return pa.timestamp(kind.unit, "UTC")  # the same instants
     if types.is_decimal32(kind) or types.is_decimal64(kind):
         return pa.decimal128(kind.precision, kind.scale)
     if types.is_null(kind) or types.is_decimal(kind) or (types.is_primitive(kind) and not types.is_interval(kind)):
@@ -52,7 +52,7 @@ def portable(kind: pa.DataType) -> pa.DataType:
 
 
 def is_known_zone(name: str) -> bool:
-    """Return whether a time zone is an offset, or a name that this machine knows."""
+    """Return whether a time zone is an offset, or a name known to this machine."""
     if name[:1] in ("+", "-"):
         return True
     try:
@@ -70,10 +70,10 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _as_arrow(value: Any, kind: pa.DataType) -> Any:
-    """Return a value in its column's type, which may be wider than its own file's."""
+    """Return a value in its column's type, which may be wider than its file's type."""
     if value is None:
         return None
-    if isinstance(value, pa.Scalar):  # a time that Python's own types cannot hold
+    if isinstance(value, pa.Scalar):  # a time that Python's types cannot hold
         return value.cast(kind)
     if pa.types.is_string(kind) and isinstance(value, (dict, list, bool, int, float)):
         return json.dumps(value, ensure_ascii=False)
@@ -85,7 +85,7 @@ def _as_arrow(value: Any, kind: pa.DataType) -> Any:
 
 
 def as_json(value: Any, kind: pa.DataType) -> Any:
-    """Return a value for JSON, of one type in all rows: loaders infer the type of a column from a few.
+    """Return a value for JSON, with the same type in all rows: loaders infer a column's type from few rows.
 
     Null, NaN and infinity become the empty value of the type; bytes are base64, times ISO 8601.
     """
@@ -112,9 +112,9 @@ def as_json(value: Any, kind: pa.DataType) -> Any:
 
 
 def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the values of a column; a time that Python's own types cannot hold stays an Arrow scalar.
+    """Return the values of a column; times that Python's types cannot hold stay Arrow scalars.
 
-    Those are times of nanoseconds, or of the year 10000. Raises: ValueError, OverflowError, ArrowException.
+    Those are times in nanoseconds, or in the year 10000 and later. Raises: ValueError, OverflowError, ArrowException.
     """
     if pa.types.is_temporal(column.type) and getattr(column.type, "unit", "") == "ns":
         return [value if value.is_valid else None for value in column]
@@ -125,9 +125,9 @@ def values_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def value_of(value: pa.Scalar) -> Any:
-    """Return one value as Python's; a time that Python cannot hold is unchanged.
+    """Return an Arrow scalar as a Python value; a time that Python cannot hold is returned unchanged.
 
-    Raises: ValueError, OverflowError, ArrowException for one that is no time.
+    Raises: ValueError, OverflowError, ArrowException for other values that Python cannot hold.
     """
     try:
         return value.as_py()
@@ -138,7 +138,7 @@ def value_of(value: pa.Scalar) -> Any:
 
 
 def passthrough_of(values: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Return every passthrough column of a row, in its type and in the schema's order."""
+    """Return a row's passthrough columns, each in its type, in the order of the schema."""
     return {field.name: _as_arrow(values.get(field.name), field.type) for field in schema}
 
 

@@ -1,6 +1,6 @@
-"""One policy for every operation that is tried again: how often, how long, and who is told meanwhile.
+"""The retry policy of all operations: how often, how long, and what is called during a wait.
 
-Knows time; errors.py knows which errors of storage may pass by themselves.
+errors.py decides which errors of the storage are transient.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from flux_batch.storage.errors import is_transient, said, translated
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-# Attempts at a part of an operation, which is itself tried again.
+# Attempts at one request of an operation that is itself retried.
 _PART_ATTEMPTS = 3
-# The longest waits before the second and before any later attempt. Each wait is drawn from zero to the longest, which
-# doubles from attempt to attempt, so that many workers do not come back at once.
+# The limit of the wait before the second attempt, and the largest limit; it doubles with each attempt. A wait is drawn
+# at random between zero and its limit, so that many workers do not retry at the same moment.
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 30.0
-# Failures for this long are an outage, however few they are: a stop is heard from then on.
+# Failures for this long are an outage, however few they are: from then on `on_wait` is called.
 _OUTAGE_AFTER_S = 2.0
-# The one line on an outage follows after this time; short waits are not logged.
+# An outage is logged once, after this time; shorter waits are not logged.
 _WARN_AFTER_S = 5.0
-# A request may take so long even when an outage should end. Its end comes at most so much later than it should.
+# A request may take this long even if the limit of the outage is over, so the wait may end that much late.
 _LEAST_REQUEST_S = 5.0
-# Seconds of a request that is made when the time of a stop is over: what has just been made may still be put aside.
+# Seconds for a request that starts after the drain time of a stop: just finished images may still be staged.
 _LATE_S = 3.0
-# The interval of calls of `on_wait` and `on_request`: a stop must not wait for a storage that is unavailable.
+# Seconds between calls of `on_wait` and `on_request`: a stop must not wait for an unavailable storage.
 _POLL_S = 0.25
 
 T = TypeVar("T")
 
 
 class _Outage:
-    """The clock of an outage, one for all operations of a policy.
+    """The clock of an outage, shared by all operations of a policy.
 
-    It runs from the start of the first attempt that failed, or the last answer if that came later, to a success.
+    It starts when the first failed attempt began, or at the last answer if that came later. A success ends it.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class _Outage:
 
     @property
     def lasted_s(self) -> float:
-        """The seconds since the first failure without a success since; 0 without one."""
+        """The seconds of the present outage; 0 if there is none."""
         return max(0.0, time.monotonic() - self._began)
 
     def add_failure(self, began: float) -> None:
-        """Count an attempt that failed, and was begun at `began`."""
+        """Count a failed attempt that began at `began`, by time.monotonic()."""
         with self._lock:
             self.failures += 1
             self._began = min(self._began, max(began, self._answered))
@@ -79,9 +79,9 @@ class _Outage:
             self._began, self.failures, self._is_logged = math.inf, 0, False
 
     def log_once(self, uri: str, error: BaseException, outage_s: float, tried_s: float) -> bool:
-        """Log the reason for a long wait, once an outage. Returns: whether it is logged.
+        """Log the reason for a long wait, once per outage. Returns: True if it is logged.
 
-        tried_s: the seconds of this operation, which waits alone if others are answered meanwhile.
+        tried_s: the seconds of this operation; it may fail alone while others succeed.
         """
         with self._lock:
             if self._is_logged:
@@ -94,13 +94,13 @@ class _Outage:
 
 
 class RetryPolicy:
-    """The number of attempts at an operation, and the outage that it waits for.
+    """The number of attempts at an operation, and the longest outage that it waits out.
 
-    Without `outage_s` an operation is tried `attempts` times, as long as its errors are transient. With it, all
-    operations of a policy share one clock, and end `outage_s` after the last success. From some failures on, a waiting
-    thread calls `on_wait` several times a second: a heartbeat, or a look for a stop. A thread whose request is under
-    way calls `on_request` as often, with the seconds since its start. Whatever these raise ends the wait, and the
-    request.
+    If `outage_s` is 0, an operation with transient errors is tried `attempts` times. Otherwise all operations of a
+    policy share one clock, and give up `outage_s` after the last success. After several failures, or a long one, a
+    waiting thread calls `on_wait` every quarter of a second: a heartbeat, or a check for a stop. A thread whose request
+    is running calls `on_request` at the same interval, with the seconds since its start. An exception of either ends
+    the wait or the request.
     """
 
     def __init__(
@@ -121,26 +121,26 @@ class RetryPolicy:
         self._outage = _Outage()
 
     def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[float], None]) -> Self:
-        """Return this policy for operations that something else may end as well. The clock is the same."""
+        """Return this policy with two more checks that may end an operation; both share one clock."""
         other = copy(self)
         other._on_wait = [*self._on_wait, on_wait]
         other._on_request = [*self._on_request, on_request]
         return other
 
     def waiting(self, outage_s: float) -> Self:
-        """Return this policy for a storage that is waited for."""
+        """Return this policy with another longest outage, in seconds."""
         other = copy(self)
         other.outage_s = outage_s
         return other
 
     def with_attempts(self, most: int, within_s: float = math.inf) -> Self:
-        """Return this policy with at most so many attempts, none of which begins after `within_s`."""
+        """Return this policy with at most `most` attempts, none of which begins after `within_s` seconds."""
         other = copy(self)
         other._attempts, other._within_s = min(self._attempts, most), within_s
         return other
 
     def with_retries(self, uri: str, operation: str, function: Callable[[], T]) -> T:
-        """Run one storage operation. Raises: StoreError, and whatever `on_wait` or a bug in `function` raises."""
+        """Run one storage operation. Raises: StoreError, and exceptions of `on_wait` or of a bug in `function`."""
         began = time.monotonic()
         try:
             with translated(uri, operation):
@@ -182,7 +182,10 @@ class RetryPolicy:
         return retrying(attempt)
 
     def wait_for(self, request: Future[T]) -> T:
-        """Wait for a request that another thread makes. Returns: its result. Raises: its error, or an earlier end."""
+        """Wait for a request that runs in another thread. Returns: its result.
+
+        Raises: its error, an exception of `on_request`, or TimeoutError if the outage has lasted `outage_s`.
+        """
         began = time.monotonic()
         try:
             while not wait([request], _POLL_S).done:
@@ -205,11 +208,11 @@ class RetryPolicy:
             return state.attempt_number >= self._attempts or (state.seconds_since_start or 0.0) >= self._within_s
         if self._outage.lasted_s >= self.outage_s:
             return self._is_outage(state.attempt_number)
-        # Others were answered meanwhile.
+        # Other operations succeed meanwhile, so only the time of this one counts.
         return state.attempt_number >= self._attempts and (state.seconds_since_start or 0.0) >= self.outage_s
 
     def _sleep(self, seconds: float, attempts: int) -> None:
-        if self.outage_s:  # the last attempt comes when the outage has lasted too long, not after that
+        if self.outage_s:  # make the last attempt exactly when the time for the outage is over, not later
             seconds = min(seconds, max(0.0, self.outage_s - self._outage.lasted_s))
         until = time.monotonic() + seconds
         while True:
@@ -230,8 +233,8 @@ class RetryPolicy:
 class WorkerStop:
     """A stop of a worker, which ends its waiting for storage.
 
-    From then on no outage is waited for, and `drain_s` later no request, whenever it was begun. A still later request
-    has a few seconds, until one has had no answer: the same silence is not waited for twice.
+    After the stop no operation waits for an outage to end. From `drain_s` later on, a request is given up once it has
+    run for a few seconds; after the first that was given up, all others are given up at once.
     """
 
     def __init__(self, drain_s: float) -> None:
@@ -249,7 +252,7 @@ class WorkerStop:
         return self._began < math.inf
 
     def policy(self, outage_s: float, on_wait: Callable[[], None]) -> RetryPolicy:
-        """Return a policy whose operations raise Stopped where they would go on waiting."""
+        """Return a policy whose operations raise Stopped instead of waiting on after a stop."""
         return RetryPolicy(outage_s, on_wait).ended_by(self._check_wait, self._check_request)
 
     def _check_wait(self) -> None:
@@ -264,9 +267,9 @@ class WorkerStop:
 
 
 async def with_few_retries(request: Callable[[], Awaitable[T]]) -> T:
-    """Await a request that is a part of an operation; transient errors are tried again, soon and not often."""
+    """Await a request that is part of an operation; retry transient errors a few times, with short waits."""
 
-    async def attempt() -> T:  # what only returns an awaitable would not be awaited
+    async def attempt() -> T:  # tenacity awaits only coroutine functions, and `request` may be a lambda
         return await request()
 
     retrying = AsyncRetrying(
@@ -279,5 +282,5 @@ async def with_few_retries(request: Callable[[], Awaitable[T]]) -> T:
 
 
 def with_retries(uri: str, operation: str, function: Callable[[], T]) -> T:
-    """Run one storage operation, and wait for no outage: for work that a run does not depend on."""
+    """Run one storage operation without waiting for an outage to end: for work that a run does not need."""
     return RetryPolicy().with_retries(uri, operation, function)

@@ -1,6 +1,6 @@
 """Settings of S3 clients, and requests to S3.
 
-The requests are those for which s3fs has no public way, or one of several requests.
+They are the requests for which s3fs has no public method, or a method that sends several requests.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from flux_batch.storage.errors import is_refusal, status
 # The most keys of one request to delete.
 MAX_DELETES = 1000
 _ASK = "_call_s3"
-# Some servers send the checksum of a whole object with a part of it, which botocore would compare; others refuse the
-# checksum that botocore would send behind an object over HTTPS (411, as Ceph's gateway 16.2). The environment may say
-# otherwise, and so may storage_options.
+# By default botocore compares the checksum in a response: some servers send that of the whole object with a part of
+# it. It also sends a checksum after the body over HTTPS, which other servers refuse (411, Ceph's gateway 16.2).
+# The environment and storage_options may set other values.
 _CHECKSUMS = {
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
     "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
 }
-# The longest time to a connection.
+# The connect timeout.
 _CONNECT_S = 10
 
 
@@ -39,19 +39,19 @@ def is_s3(fs: Any) -> bool:
 
 
 async def ask(fs: Any, operation: str, path: str, **fields: Any) -> Any:
-    """Make one request about an object. Returns: the answer, by its fields."""
+    """Send one request about an object. Returns: the answer, by field."""
     bucket, key, _ = fs.split_path(path)
     return await getattr(fs, _ASK)(operation, Bucket=bucket, Key=key, **fields)
 
 
 async def ask_bucket(fs: Any, operation: str, path: str, **fields: Any) -> Any:
-    """Make one request about the bucket of a path. Returns: the answer, by its fields."""
+    """Send one request about the bucket of a path. Returns: the answer, by field."""
     bucket, _, _ = fs.split_path(path)
     return await getattr(fs, _ASK)(operation, Bucket=bucket, **fields)
 
 
 async def is_there(fs: Any, path: str) -> bool:
-    """Return whether an object is there, or False in a bucket that is not."""
+    """Return whether an object exists; False if its bucket does not exist."""
     try:
         await ask(fs, "head_object", path)
     except FileNotFoundError:
@@ -60,21 +60,21 @@ async def is_there(fs: Any, path: str) -> bool:
 
 
 async def read_whole(fs: Any, path: str) -> bytes:
-    """Read an object by one request."""
+    """Read an object in one request."""
     return bytes(await fs._cat_file(path, max_concurrency=1))
 
 
 async def list_folder(fs: Any, folder: str) -> list[str]:
-    """Return the paths of all objects under a folder, by one request for each 1,000."""
+    """Return the paths of all objects under a folder, with one request for each 1,000."""
     return [entry["name"] for entry in await fs._lsdir(folder.rstrip("/"), delimiter="")]
 
 
 def entries_of(
     fs: Any, folder: str, after: str, wait_for: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> Iterator[Entry]:
-    """Yield the entries of a folder that sort behind `after`.
+    """Yield the entries of a folder that sort after `after`.
 
-    It takes one request for each 1,000. wait_for: runs a request.
+    It takes one request for each 1,000. wait_for: runs a request and returns its result.
     """
     _, prefix, _ = fs.split_path(f"{folder}/")
     where = {"StartAfter": f"{prefix}{after}"} if after else {}
@@ -91,7 +91,7 @@ def entries_of(
 
 
 async def delete_many(fs: Any, paths: Sequence[str]) -> Sequence[str]:
-    """Remove objects of one bucket by one request, at most MAX_DELETES. Returns: those that it did not remove."""
+    """Remove at most MAX_DELETES objects of one bucket in one request. Returns: those that it did not remove."""
     objects = [{"Key": fs.split_path(path)[1]} for path in paths]
     try:
         answer = await ask_bucket(fs, "delete_objects", paths[0], Delete={"Objects": objects, "Quiet": True})
@@ -104,5 +104,5 @@ async def delete_many(fs: Any, paths: Sequence[str]) -> Sequence[str]:
 
 
 async def keeps_versions(fs: Any, path: str) -> bool:
-    """Return whether the bucket of a path keeps what is deleted or replaced."""
+    """Return whether the bucket of a path has versioning enabled."""
     return bool((await ask_bucket(fs, "get_bucket_versioning", path)).get("Status") == "Enabled")

@@ -1,6 +1,6 @@
-"""Local disk for one shard at a time, and removal of killed workers' folders.
+"""A temporary folder for the files of a shard, and removal of killed workers' folders.
 
-Knows folders and locks; does not know what is put there.
+This module knows folders and locks, not their contents.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from filelock import FileLock
 from flux_batch.errors import DiskFull, FluxBatchError, StoreRefused
 from flux_batch.storage.errors import FULL_ERRNOS
 
-# A folder is locked a moment after it is made: until it is this old, it does not count as left behind.
+# A folder is locked a moment after it is made. A younger folder without a lock may belong to a live process.
 YOUNG_S = 60.0
-# Beside the files of a shard; the kernel releases the lock when the process dies.
+# The lock file lies beside the files of a shard; the kernel releases the lock when the process dies.
 _LOCK = ".lock"
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make an empty folder under TMPDIR, which is locked until it is removed.
+    """Make an empty folder under TMPDIR, locked until it is removed.
 
-    Raises: DiskFull instead of the OSError that the code within raises when the disk is full.
+    Raises: DiskFull in place of an OSError for a full disk, also one raised inside the `with` block.
     """
     root = _root()
     try:
@@ -46,7 +46,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def sweep_scratch() -> int:
-    """Remove the folders whose process is gone: nobody holds their lock. Returns: their number."""
+    """Remove the folders that no process holds locked. Returns: their number."""
     stale = 0
     for folder in _root().iterdir():
         try:
@@ -61,9 +61,9 @@ def sweep_scratch() -> int:
 
 
 def _root() -> Path:
-    """Return the folder of this user under TMPDIR: the folders of another user could not be swept.
+    """Return this user's folder under TMPDIR; another user's folders could not be removed.
 
-    Raises: StoreRefused if somebody else took the name, who could then exchange our files.
+    Raises: StoreRefused if the folder belongs to another user, who could replace our files.
     """
     root = Path(tempfile.gettempdir()) / f"flux-batch-{os.getuid()}"
     with suppress(FileExistsError):
@@ -76,5 +76,5 @@ def _root() -> Path:
 
 def _locked(folder: Path) -> FileLock:
     """Return the lock of a folder; entering it raises an OSError if another process holds it."""
-    # A shard that one thread began another one finishes, and releases.
+    # One thread acquires the lock when it begins a shard, another releases it when it finishes the shard.
     return FileLock(folder / _LOCK, timeout=0, thread_local=False)

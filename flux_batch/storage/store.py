@@ -1,6 +1,6 @@
 """A folder on a disk or in a bucket: reads, atomic writes, put-if-absent, each with retries.
 
-Knows bytes and keys; does not know what they mean.
+This module knows bytes and keys, not their meaning.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from flux_batch.storage.retry import RetryPolicy
 
 log = logging.getLogger(__name__)
 
-# The folder of half-written files; those of a killed process stay here, where no loader of the data set looks.
+# The folder of half-written files. Those of a killed process stay here, where no loader of the data set looks.
 STORE_TMP = "_run/tmp"
-# The folder in it in which writers of one object announce themselves.
+# The folder in it for the flags of writers that wait for their turn; see turns.py.
 _TURNS = f"{STORE_TMP}/turns"
 _ADVICE = "check it and storage_options; if it is right, run the same command again when it is back"
 
 # The operations that change something.
 WRITES = {"write", "create", "delete"}
-# The least that one request for a part of an object reads.
+# The smallest number of bytes that one ranged read requests.
 BLOCK_BYTES = 64 << 10
-# From this size on, a store that ignores conditions gets an object in parts, so that the look-up comes after them.
+# From this size on, an object goes in parts to a store that ignores conditions, with the look-up after the last part.
 LOOK_LATE_BYTES = 5 << 20
-# Requests that remove objects at once, and objects that wait for one.
+# Threads that remove objects, and objects that are handed to them at once.
 _DELETERS = 16
 _KEYS_AT_ONCE = 1000
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class Store:
-    """A folder of objects, by keys relative to it; transient errors are retried as its policy says."""
+    """A folder of objects, by keys relative to it; its policy says how transient errors are retried."""
 
     def __init__(
         self, uri: str, storage_options: Mapping[str, Any] | None = None, policy: RetryPolicy | None = None
@@ -64,7 +64,7 @@ class Store:
         with translated(self.uri, "connect"):
             self._fs, path = open_filesystem(self.uri, storage_options or {}, num_retries=0)
         if s3.is_s3(self._fs):
-            self._fs.retries = 1  # tries, those of s3fs
+            self._fs.retries = 1  # one attempt by s3fs: the policy retries
         self._root = path.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._contact = Contact()
@@ -73,7 +73,7 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """True for a folder of a disk of this machine, or one that it mounts."""
+        """True for a folder on a local or mounted disk."""
         return self._is_local
 
     def with_policy(self, policy: RetryPolicy) -> Self:
@@ -85,18 +85,18 @@ class Store:
     def guarded(self, before_write: Callable[[], None]) -> Self:
         """Return a store of the same folder that calls `before_write` before each write.
 
-        It is called before each retry of a write too; what it raises ends the write.
+        It is called before each retry of a write too; an exception of it ends the write.
         """
         other = copy(self)
         other._before_write = before_write
         return other
 
     def ended_by(self, on_wait: Callable[[], None], on_request: Callable[[float], None]) -> Self:
-        """Return a store of the same folder and outage, whose operations something else may end."""
+        """Return a store of the same folder with two more checks; see RetryPolicy.ended_by."""
         return self.with_policy(self._policy.ended_by(on_wait, on_request))
 
     def url(self, key: str) -> str:
-        """Return a key as the user would write it."""
+        """Return the full address of a key."""
         return f"{self.uri}/{key}"
 
     def read(self, key: str) -> bytes:
@@ -137,7 +137,7 @@ class Store:
         self._call(key, "read", get)
 
     def local_file(self, key: str, folder: Path) -> Path:
-        """Return a local file of an object: itself on a disk, else a copy in `folder`. Raises: NotFound."""
+        """Return a local path of an object: its own on a disk, else that of a copy in `folder`. Raises: NotFound."""
         if self._is_local:
             if not self.exists(key):
                 raise NotFound(f"{self.url(key)}: not found")
@@ -147,11 +147,11 @@ class Store:
         return path
 
     def exists(self, key: str) -> bool:
-        """Return whether an object is there."""
+        """Return whether an object exists."""
         return self._call(key, "look up", lambda: self._is_file(key))
 
     def list(self, prefix: str) -> list[str]:
-        """Return the keys under a folder, sorted; an absent folder is empty."""
+        """Return the sorted keys under a folder; none if the folder does not exist."""
 
         def find() -> Sequence[str]:
             if s3.is_s3(self._fs):
@@ -160,7 +160,7 @@ class Store:
 
         folder, start = self._path(prefix).rstrip("/"), len(self._root) + 1
         paths = map(str, self._listed(prefix, find, tuple))
-        # s3fs lists the folder itself if somebody puts the first object into it meanwhile.
+        # s3fs lists the folder itself if its first object is written during the listing.
         return sorted(path[start:] for path in paths if path.startswith(f"{folder}/"))
 
     def is_link(self, key: str) -> bool:
@@ -168,10 +168,10 @@ class Store:
         return self._is_local and os.path.islink(self._path(key))
 
     def scan(self, folder: str, take: Callable[[Iterable[Entry]], T], *, after: str = "", with_sizes: bool = True) -> T:
-        """Return what `take` makes of the entries directly in a folder, in any order.
+        """Return the result of `take` for the entries directly in a folder, in any order.
 
-        Those up to `after` are left out; S3 does not list them then. An absent folder has none. After a transient error
-        `take` is called again, with all of them. with_sizes: False may say 0 bytes for every object, and is faster.
+        Entries up to `after` are left out, and S3 does not list them. A missing folder has no entries. After a
+        transient error `take` is called again with all entries. with_sizes: False is faster, but sizes may be 0.
         """
         entries = partial(self._entries, folder, after, with_sizes)
         return self._listed(folder, lambda: take(entries()), lambda: take(()))
@@ -181,7 +181,7 @@ class Store:
         return self.scan(folder, dict)
 
     def any_key(self, folder: str) -> str | None:
-        """Return one of the keys under a folder, None if there is none. Lists no more than it takes to find one."""
+        """Return one of the keys under a folder, None if there is none. Stops listing at the first key."""
 
         def take(entries: Iterable[Entry]) -> str | None:
             keys = ((f"{folder}/{name}", size) for name, size in entries)
@@ -200,20 +200,19 @@ class Store:
         return filter(lambda entry: entry[0] > after, found) if after else found
 
     def write(self, key: str, data: bytes | Path) -> None:
-        """Write an object, replacing one that is there; a reader sees the old or the new one, never a half."""
+        """Write or replace an object; a reader sees the old or the new content, never a part of it."""
         if self._is_local:
             self._call(key, "write", lambda: self._write_local(key, data, os.replace))
         else:
             self._call(key, "write", lambda: self._send(key, data, mode="overwrite"))
 
     def put_if_absent(self, key: str, data: bytes | Path) -> None:
-        """Create an object unless there is one. Raises: AlreadyExists.
+        """Create an object unless the key is taken. Raises: AlreadyExists.
 
-        Atomic on a local disk, and on stores that honour conditional writes for objects of up to 5 GiB. On other
-        stores, and for larger objects, it is a look-up and then one request, whatever the size. From LOOK_LATE_BYTES on
-        writers take turns at these. Of two writers of a smaller object in the same instant the later one stays, and
-        neither learns of it.
-        A lost answer to a write that did succeed also ends in AlreadyExists: the caller compares the contents.
+        This is atomic on a local disk, and for objects of up to 5 GiB on stores that honour conditional writes.
+        Otherwise it is a look-up and then one request. From LOOK_LATE_BYTES on, writers take turns at these two. If two
+        writers create a smaller object at the same instant, the later one overwrites the other without an error.
+        If the answer to a successful write is lost, the retry also raises AlreadyExists: the caller compares contents.
         """
         if self._is_local:
             self._call(key, "create", lambda: self._write_local(key, data, create))
@@ -228,7 +227,7 @@ class Store:
             self._call(key, "delete", lambda: self._ask("rm_file", self._path(key)))
 
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove objects, several at a time; on S3 by one request for each 1,000 of them. Safe to call twice."""
+        """Remove objects, several at a time; on S3 with one request for each 1,000 of them. Safe to call twice."""
         with ThreadPoolExecutor(_DELETERS, "delete") as pool:
             if s3.is_s3(self._fs):
                 keys = [key for left in pool.map(self._delete_at_once, _parts(keys, s3.MAX_DELETES)) for key in left]
@@ -236,12 +235,12 @@ class Store:
                 list(pool.map(self.delete, part))
 
     def _delete_at_once(self, keys: Sequence[str]) -> Sequence[str]:
-        """Remove objects of S3 by one request. Returns: the keys of those that it did not remove."""
+        """Remove objects of S3 in one request. Returns: the keys that it did not remove."""
         if len(keys) == 1 or not self._contact.deletes_many:
             return keys
         paths = [self._path(key) for key in keys]
         left = self._call(keys[0], "delete", lambda: self._await(s3.delete_many(self._fs, paths)))
-        self._contact.deletes_many = len(left) < len(keys)  # some stores do not know the request
+        self._contact.deletes_many = len(left) < len(keys)  # some stores do not support the request
         return [path.removeprefix(f"{self._root}/") for path in left]
 
     def delete_folder(self, prefix: str) -> None:
@@ -249,11 +248,11 @@ class Store:
         self.delete_many(self.list(prefix))
         if self._is_local:
             for folder, _, _ in os.walk(self._path(prefix), topdown=False):
-                with suppress(OSError):  # somebody has put something there meanwhile
+                with suppress(OSError):  # another process has put a file there meanwhile
                     os.rmdir(folder)
 
     def unfinished_uploads(self) -> Sequence[Upload]:
-        """Return the uploads in parts that were not completed; none where the store does not tell."""
+        """Return the unfinished multipart uploads; none if the store cannot list them."""
         if not s3.is_s3(self._fs):
             return ()
         none: Sequence[Upload] = ()
@@ -269,16 +268,16 @@ class Store:
 
     @cached_property
     def keeps_versions(self) -> bool:
-        """True if what is deleted or replaced remains as an old version; False where the store does not tell."""
+        """True if deleted and replaced objects remain as old versions; False if the store does not tell."""
         if not s3.is_s3(self._fs):
             return False
         return self._told("", lambda: self._await(s3.keeps_versions(self._fs, self._root)), False)
 
     @cached_property
     def has_conditional_put(self) -> bool:
-        """The ability to refuse a conditional write to a taken key.
+        """True if the store refuses a conditional write to a taken key.
 
-        Tried with one small object, which is deleted again: some stores accept such a write silently.
+        This is tried with one small object, which is then deleted: some stores ignore the condition silently.
         """
         if self._is_local:
             return True
@@ -289,14 +288,14 @@ class Store:
         except AlreadyExists:
             return True
         except StoreError as error:
-            if status(error) != HTTPStatus.NOT_IMPLEMENTED:  # the answer of some stores to a header they do not know
+            if status(error) != HTTPStatus.NOT_IMPLEMENTED:  # some stores answer this to a header they do not know
                 raise
         finally:
             self.delete(key)
         return False
 
     def check_writable(self) -> None:
-        """Write and delete one small object. Raises: StoreRefused or StoreError before any work is spent."""
+        """Write and delete one small object, to fail before any work is done. Raises: StoreRefused, StoreError."""
         key = f"{STORE_TMP}/{uuid.uuid4().hex}"
         self.write(key, b"")
         self.delete(key)
@@ -306,7 +305,7 @@ class Store:
 
     def _is_file(self, key: str) -> bool:
         try:
-            # Not fs.isfile: that answers False to whatever goes wrong.
+            # Not fs.isfile, which returns False after any error.
             return bool(self._ask("info", self._path(key))["type"] == "file")
         except FileNotFoundError as error:
             if code(error) == NO_BUCKET:
@@ -314,7 +313,7 @@ class Store:
             return False
 
     def _look_and_create(self, key: str, data: bytes | Path) -> None:
-        """Create an object on a store without conditional writes; a large one is looked up when its parts are there."""
+        """Create an object on a store without conditional writes; see put_if_absent."""
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         if s3.is_s3(self._fs) and size >= LOOK_LATE_BYTES:
             self._send(key, data, mode="create in parts")
@@ -324,7 +323,7 @@ class Store:
             self._send(key, data, mode="overwrite")
 
     def _listed(self, folder: str, find: Callable[[], T], none: Callable[[], T]) -> T:
-        """Run a listing of a folder: an absent one has nothing, an absent bucket is an error."""
+        """Run a listing of a folder; a missing folder gives `none()`, a missing bucket is an error."""
 
         def found() -> T:
             try:
@@ -337,7 +336,7 @@ class Store:
         return self._call(folder, "list", found)
 
     def _create_remote(self, key: str, data: bytes | Path) -> None:
-        """Create an object; a refusal counts only if one is there: it may have been deleted since."""
+        """Create an object by a conditional write; retry a refusal if the key is free by now."""
         try:
             self._send(key, data, mode="create")
         except FileExistsError:
@@ -357,23 +356,24 @@ class Store:
             else:
                 self._ask("pipe_file", path, data, mode=mode)
         except FileNotFoundError as error:
-            if code(error) == "NoSuchUpload":  # the answer to the end of an upload in parts was lost, or the upload
+            if code(error) == "NoSuchUpload":  # the upload was aborted, or completed with its answer lost: retry
                 raise ConnectionError(one_line(error)) from None
             # A write cannot miss its own key: the bucket is missing.
             raise StoreRefused(f"{self.url(key)}: cannot write: no such bucket or folder") from error
         except OSError as error:
-            if mode != "overwrite" and status(error) == HTTPStatus.PRECONDITION_FAILED:  # s3fs knows only AWS's wording
+            # s3fs recognises only the wording of AWS.
+            if mode != "overwrite" and status(error) == HTTPStatus.PRECONDITION_FAILED:
                 raise FileExistsError(key) from error
             raise
 
     def _write_local(self, key: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
-        """Write a temporary file and publish it in one step; a name that is taken is replaced, or refused."""
+        """Write a temporary file and publish it in one step; `publish` replaces or refuses a taken name."""
         target = Path(self._path(key))
         temporary = Path(self._path(STORE_TMP)) / uuid.uuid4().hex
         try:
             make_folder(temporary.parent)
             make_folder(target.parent)
-        except FileNotFoundError as error:  # folders that cannot be made, as under /proc
+        except FileNotFoundError as error:  # no folder can be made there, for example under /proc
             raise StoreRefused(f"{self.url(key)}: cannot write: no folder can be made there") from error
         try:
             with temporary.open("wb") as file:
@@ -388,14 +388,14 @@ class Store:
             try:
                 publish(str(temporary), str(target))
             except FileNotFoundError as error:
-                # The end of a run, and the removal of staged images, take such files and empty folders for those of a
-                # dead process; this one is alive, and writes again.
+                # The end of a run and the clearing of staged images remove temporary files and empty folders, as if
+                # their process were dead. This process lives, so it writes again.
                 raise ConnectionError("the file was removed before it was renamed") from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def _ask(self, operation: str, *arguments: Any, **options: Any) -> Any:
-        """Run an operation of the file system, and wait for it as the policy says."""
+        """Run an operation of the file system, and wait for it by the policy."""
         if not isinstance(self._fs, AsyncFileSystem):
             return getattr(self._fs, operation)(*arguments, **options)
         return self._await(getattr(self._fs, f"_{operation}")(*arguments, **options))
@@ -406,14 +406,14 @@ class Store:
 
     @property
     def _is_known(self) -> bool:
-        """True if the storage has answered, or is waited for in any case."""
+        """True if the storage has answered, or the policy waits out an outage anyway."""
         return self._is_local or bool(self._policy.outage_s) or self._contact.is_made
 
     def _check_contact(self, waited_s: float) -> None:
         self._contact.check(lambda: asyncio.run_coroutine_threadsafe(self._fs._info(self._root), self._fs.loop))
 
     def _told(self, key: str, function: Callable[[], T], otherwise: T) -> T:
-        """Return an answer that some stores do not have, or do not give to everybody."""
+        """Return the result of a request that a store may not support or not permit; then `otherwise`."""
         try:
             return self._call(key, "look up", function)
         except (StoreRefused, NotFound) as error:
@@ -428,7 +428,7 @@ class Store:
 
         def guarded() -> T:
             if before_write:
-                before_write()  # at every attempt: a storage that was unavailable for long comes back to another driver
+                before_write()  # at every attempt: after a long outage another driver may have taken over the run
             return function()
 
         if self._is_known:
@@ -436,7 +436,7 @@ class Store:
         return self._call_first(key, operation, guarded)
 
     def _call_first(self, key: str, operation: str, function: Callable[[], T]) -> T:
-        """Run an operation on a store that has not answered yet. It has fewer attempts and other advice."""
+        """Run an operation on a store that has not answered yet, with fewer attempts."""
         self._contact.begin()
         try:
             result = self._policy.with_attempts(FIRST_ATTEMPTS).with_retries(self.url(key), operation, function)
@@ -456,7 +456,7 @@ class Store:
 
 
 class _StoredFile(AbstractBufferedFile):  # type: ignore[misc]
-    """An object as a file, which reads blocks of BLOCK_BYTES through its store."""
+    """A stored object as a file that reads blocks of BLOCK_BYTES through its store."""
 
     def __init__(self, store: Store, fs: fsspec.AbstractFileSystem, path: str, key: str) -> None:
         super().__init__(fs, path, block_size=BLOCK_BYTES, cache_type="readahead", size=store.size(key))
@@ -472,4 +472,4 @@ def _parts(keys: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def _no_check() -> None:
-    """Check nothing between attempts."""
+    """Do nothing: the `on_wait` of a policy that only needs an `on_request`."""

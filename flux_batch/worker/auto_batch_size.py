@@ -1,8 +1,8 @@
 """The batch size of a run whose job says `auto`: measured once, then read by every worker.
 
-A large image fills a device alone, so that a batch brings nothing; small ones do not. The first worker measures with
-images of the job's size and writes the number into the run. All other workers and all later invocations read it, since
-the batch that an image is made in decides its last bits.
+A large image alone uses a device fully, so a batch gains nothing; small images gain. The first worker measures with
+images of the job's size and writes the number into the run. All other workers and later invocations read it, since the
+batch size can change the last bits of an image.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from flux_batch.worker.protocol import ImagePipeline
 _BATCH_SIZES = (1, 2, 4, 8, 16)
 # Enough steps for the transformer to outweigh text encoding and decoding, as it does in a whole image.
 _MEASURED_STEPS = 4
-# A larger batch counts if an image then takes at most this share of the time: a kill costs a whole batch.
+# A larger batch must reduce the time per image at least to this share, since a killed worker loses a whole batch.
 _MAX_TIME_RATIO = 0.97
 
 log = logging.getLogger(__name__)
 
 
 def remembered_batch_size(store: Store, measure: Callable[[], int]) -> int:
-    """Return the batch size of the run; measure it and write it down if there is none. Raises: StoreError."""
+    """Return the batch size of the run; measure and store it if there is none. Raises: StoreError."""
     try:
         return _read(store)
     except NotFound:
@@ -53,15 +53,15 @@ def measured_batch_size(
     clock: Callable[[], float] = time.monotonic,
     image_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
-    """Measure the smallest batch size that the next larger one hardly beats.
+    """Measure the smallest batch size beyond which a larger one gains little.
 
     Sizes are 1, 2, 4, 8, 16, up to the first that does not fit into memory. on_progress: called after each size.
-    clock: returns seconds. image_options: further arguments of a call with images of a column.
+    clock: returns seconds. image_options: further arguments of a call with images, by column.
     """
     best, best_s = 1, float("inf")
     for size in _BATCH_SIZES:
         try:
-            # The first call of two warms up.
+            # The first call of two is a warm-up.
             image_s = min(_call_s(pipeline, sampling, size, clock, image_options or {}) for _ in range(2)) / size
         except OutOfMemory:
             break
@@ -80,7 +80,7 @@ def measured_images_per_s(
     clock: Callable[[], float] = time.monotonic,
     image_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> float:
-    """Measure the images a second of whole calls with `size` images; the first of two warms up."""
+    """Measure the images per second of whole calls with `size` images; the first of two is a warm-up."""
     steps = sampling.num_inference_steps
     return size / [_call_s(pipeline, sampling, size, clock, image_options or {}, steps) for _ in range(2)][-1]
 

@@ -1,6 +1,6 @@
-"""The images that are made together, and those that their rows name, read ahead.
+"""The batches of images that are made together, and their input images, read ahead.
 
-Knows requests; does not know what computes images nor where they go.
+This module knows requests, but not how images are computed or where they go.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from flux_batch.errors import RowError
 from flux_batch.records import FailedRow, ImageRequest, RowImages, retry_seed
 from flux_batch.redaction import plain_text
 
-# Batches whose images are read while one is on the device: enough to hide a slow server, and a bound on memory.
+# Batches whose input images are read while one is computed: this hides slow servers and limits memory.
 READ_AHEAD = 1
 
-# Reads the images of a row for an image of a size: by argument of the pipeline's call, or the error in their place.
-# None for the size is that of the first reference image.
+# A function that reads a row's images for an output of this size; None takes the size of the first reference image.
+# It returns them by argument of the pipeline's call, or an error in their place.
 ReadImages = Callable[[RowImages, tuple[int, int] | None], Mapping[str, Any] | Exception]
 
 
@@ -26,8 +26,8 @@ ReadImages = Callable[[RowImages, tuple[int, int] | None], Mapping[str, Any] | E
 class ImageTask:
     """One image to make; `retry` is 0 for its first try.
 
-    images: the decoded images that its row names, by argument of the pipeline's call; none until they are read.
-    error: the error if one of them cannot be read.
+    images: the decoded images that its row names, by argument of the pipeline's call; empty until they are read.
+    error: the reason if one of them cannot be read.
     """
 
     request: ImageRequest
@@ -54,23 +54,23 @@ class ImageTask:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels; None until the reference image is read that they come from."""
+        """Width and height in pixels; None until they are known from the reference image."""
         params = self.request.sampling
         return None if self.request.size_from_reference else (params.width, params.height)
 
     @property
     def sources(self) -> Sequence[Any]:
-        """The images before an edit, once they are read: the reference images, or else the input image."""
+        """The images before an edit, once they are read: the reference images; without any, the input image."""
         references: Sequence[Any] = self.images.get("reference_image", ())
         return references or [self.images[name] for name in ("input_image",) if name in self.images]
 
     @property
     def read_shape(self) -> tuple[Any, ...]:
-        """The settings that images of one call share, known once their rows' images are read."""
+        """The settings that all images of one call share; known once the row's images are read."""
         return *self.shape, *(image.size for image in self.images.get("reference_image", ()))
 
     def sized(self, width: int, height: int) -> ImageTask:
-        """Return the same with the size that comes from a reference image."""
+        """Return the same task with the size that comes from a reference image."""
         sampling = replace(self.request.sampling, width=width, height=height)
         return replace(self, request=replace(self.request, sampling=sampling, size_from_reference=False))
 
@@ -81,12 +81,12 @@ class ImageTask:
 
 
 def with_sources(row: ImageRequest | FailedRow, count: int) -> ImageRequest | FailedRow:
-    """Return a row; a failed one if it has another number of source images than the output writes."""
+    """Return a row; a failed row if its number of source images is not that of the output."""
     if isinstance(row, FailedRow) or not count or len(row.images.sources) == count:
         return row
     reason = (
-        f"{plain_text(row.id)}: has {len(row.images.sources)} images before the edit, where output.sources = {count}: "
-        "name as many in reference_image, or one in input_image"
+        f"{plain_text(row.id)}: has {len(row.images.sources)} source images, but output.sources = {count}: name that "
+        "number in reference_image, or one in input_image"
     )
     return FailedRow(
         row=row.row,
@@ -99,7 +99,7 @@ def with_sources(row: ImageRequest | FailedRow, count: int) -> ImageRequest | Fa
 
 
 def grouped(tasks: Iterable[ImageTask]) -> list[list[ImageTask]]:
-    """Return the tasks of a batch, grouped by what can share a call."""
+    """Return the tasks of a batch in groups that can share a call."""
     groups: dict[tuple[Any, ...], list[ImageTask]] = {}
     for task in tasks:
         groups.setdefault(task.read_shape, []).append(task)
@@ -107,15 +107,15 @@ def grouped(tasks: Iterable[ImageTask]) -> list[list[ImageTask]]:
 
 
 def tasks_of(request: ImageRequest) -> list[ImageTask]:
-    """Return a task for each image that a row asks for."""
+    """Return a task for each image that a row requests."""
     return [ImageTask(request, index) for index in range(len(request.seeds))]
 
 
 def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
     """Yield groups of at most `size` images that can share a forward pass.
 
-    They come in order of first appearance and are a function of the tasks alone. Groups with the same LoRAs follow
-    each other, since exchanging LoRAs takes as long as loading a model.
+    They come in order of first appearance, and depend only on the tasks. Groups with the same LoRAs are consecutive,
+    since switching LoRAs takes as long as loading a model.
     """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[ImageTask]]] = {}
     for task in tasks:
@@ -126,7 +126,7 @@ def batches(tasks: Iterable[ImageTask], size: int) -> Iterator[list[ImageTask]]:
 
 
 class InputImages:
-    """The images that the rows of batches name, read on threads; what batches near each other share is read once."""
+    """The input images of batches, read on threads; images shared by nearby batches are read once."""
 
     def __init__(self, readers: Executor, read: ReadImages) -> None:
         self._readers = readers
@@ -134,9 +134,9 @@ class InputImages:
         self._reading: _Reading = {}
 
     def join(self, batch: Sequence[ImageTask], following: Iterable[Sequence[ImageTask]] = ()) -> list[ImageTask]:
-        """Return a batch with its images; begin to read those of `following` batches.
+        """Return a batch with its input images; begin to read those of `following` batches.
 
-        A task whose images cannot be read has the RowError. Raises: any other error of `read`.
+        A task whose images cannot be read has a RowError as its `error`. Raises: any other error of `read`.
         """
         window = [task for near in (batch, *following) for task in near]
         wanted = dict.fromkeys((task.request.images, task.size) for task in window)
@@ -158,7 +158,7 @@ def _with_images(task: ImageTask, reading: _Reading) -> ImageTask:
         found = reading[task.request.images, task.size].result()
     except RowError as error:
         found = error
-    if isinstance(found, RowError):  # shared by rows, of which each says where it stands
+    if isinstance(found, RowError):  # rows may share this error, so each one adds its id
         found = RowError(f"{plain_text(task.request.id)}: {found}")
     if isinstance(found, Exception):
         return replace(task, error=found)

@@ -1,6 +1,6 @@
-"""The compile cache of a run: one worker writes what it compiled into the output, all others read it.
+"""The compile cache of a run: one worker writes its compiled code into the output, all others read it.
 
-Reading it may run code that is in it: do not use `model.compile` with an output that others can write to.
+Reading the cache may run code in it: do not use `model.compile` with an output that others can write to.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class SharedCompileCache:
-    """The compile cache of a pipeline, shared with the run; `cache` is None for a pipeline that compiles nothing.
+    """The compile cache of a pipeline, shared with the run; `cache` is None if nothing is compiled.
 
-    It saves time only, so that a run goes on without it after any error.
+    The cache only saves time, so a run continues without it after an error.
     """
 
     def __init__(self, store: Store, cache: CompileCache | None) -> None:
-        """Load the cache of the run, if another worker has written one."""
+        """Load the cache of the run, if another worker has written it."""
         self._store = store
         self._cache = cache
         self._is_done = cache is None or self._load(cache)
 
     def share(self) -> None:
-        """Write the compiled code into the run, once, unless it was loaded from there."""
+        """Write the compiled code into the run once, unless it was loaded from there."""
         if self._is_done or self._cache is None:
             return
         self._is_done = True

@@ -1,6 +1,6 @@
-"""The step from a batch to its images: LoRAs, one call of the pipeline, and smaller ones if that fails.
+"""The step from a batch to its images: LoRAs, one call of the pipeline, and smaller calls if that fails.
 
-Knows the pipeline and its memory; does not know files, records or shards.
+This module knows the pipeline and its memory, but no files, records or shards.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from flux_batch.worker.protocol import ImagePipeline
 
 
 class Tiles(NamedTuple):
-    """Size and stride of the tiles that the autoencoder works in, in latents when decoding."""
+    """Size and stride of the autoencoder's tiles; in latents when decoding."""
 
     size: int
     stride: int
 
     @classmethod
     def of(cls, sampling: SamplingConfig) -> Tiles | None:
-        """Return the tiles that a job asks for, None if it decodes whole images."""
+        """Return the tiles that a job sets; None if it decodes whole images."""
         return cls(sampling.tile_size, sampling.tile_stride) if sampling.tiled else None
 
 
 def image_options(config: JobConfig) -> dict[str, dict[str, Any]]:
-    """Return the arguments that a job adds to a call with images, by their column.
+    """Return the arguments that a job adds to calls with images, by column.
 
-    Those that have their default are left out.
+    Arguments at their default are left out.
     """
     sampling, nets = config.sampling, config.model.controlnets
     options: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -64,17 +64,18 @@ def image_options(config: JobConfig) -> dict[str, dict[str, Any]]:
     return {column: values for column, values in changed.items() if values}
 
 
-# Texts whose embeddings a worker keeps in host memory: those of FLUX.1-dev take 4 MB each in bfloat16.
+# The number of texts whose embeddings a worker keeps in host memory; with FLUX.1-dev each takes 4 MB in bfloat16.
 MAX_TEXTS_AT_ONCE = 512
-# The last resort: a quarter of the pixels of a 1024 x 1024 image at a time.
+# Tiles for an image that does not fit into memory: a quarter of the pixels of a 1024 x 1024 image at a time.
 SMALL_TILES = Tiles(64, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOutcome:
-    """The result of a task: an image (uint8, h w 3) or the error in its place, and how it was made.
+    """The result of a task: an image (uint8, h w 3) or an error in its place, and how it was made.
 
-    truncated: whether the tokenizers of CLIP and of T5 cut the prompt or the negative prompt. score: that of `quality`.
+    truncated: True if the tokenizers of CLIP and T5 truncated the prompt or the negative prompt. score: the score for
+    `quality`.
     """
 
     task: ImageTask
@@ -86,27 +87,27 @@ class ImageOutcome:
 
 @dataclass(frozen=True, slots=True)
 class _MemoryFit:
-    """The memory limit learned for one image shape: a batch size below `too_many` (None: not met yet), in `tiles`."""
+    """The memory limit of one image shape: batches smaller than `too_many` (None: no limit yet), in `tiles`."""
 
     tiles: Tiles | None
     too_many: int | None = None
 
 
 class LoraSwitch:
-    """The LoRAs that a pipeline uses now, exchanged only for a batch that needs others."""
+    """The LoRAs that a pipeline uses now; they are switched only for a batch that needs others."""
 
     def __init__(self, pipeline: ImagePipeline, defaults: Sequence[LoraUse]) -> None:
         """Set the LoRAs of the job. Raises: any error of setting them."""
         self._pipeline = pipeline
-        # None after a failure, which may have left anything.
+        # None after a failure, when the pipeline's LoRAs are not known.
         self._current: tuple[LoraUse, ...] | None = ()
         if defaults:
             self._set(tuple(defaults))
 
     def use(self, loras: tuple[LoraUse, ...]) -> Exception | None:
-        """Set the LoRAs of the next batch. Returns: the error of its rows if these cannot be used, else None.
+        """Set the LoRAs of the next batch. Returns: the error of its rows if they cannot be used, else None.
 
-        Raises: DeviceFatal; StoreError while a storage is unavailable, after which the same rows may succeed.
+        Raises: DeviceFatal; StoreError if a storage is unavailable, since the same rows may succeed later.
         """
         if loras == self._current:
             return None
@@ -128,9 +129,9 @@ class LoraSwitch:
 
 
 class _ShardTexts:
-    """The texts of a shard, encoded together. Offloaded text encoders come to the device once for all.
+    """The texts of a shard, encoded together: offloaded text encoders are moved to the device once.
 
-    Texts with other LoRAs or another T5 length are encoded apart, and no more than MAX_TEXTS_AT_ONCE at a time.
+    Texts with other LoRAs or another T5 length are encoded separately, and at most MAX_TEXTS_AT_ONCE at a time.
     """
 
     def __init__(self, pipeline: ImagePipeline, tasks: Sequence[ImageTask]) -> None:
@@ -141,7 +142,7 @@ class _ShardTexts:
         self._embeds: tuple[Any, Any] = (None, None)
 
     def arguments(self, batch: Sequence[ImageTask]) -> dict[str, Any]:
-        """Return the arguments of a call that stand in for the texts of a batch."""
+        """Return the arguments that replace the texts of a batch in a call."""
         texts = [text for task in batch for text in _texts_of(task)]
         if _text_group(batch[0]) != self._group or any(text not in self._rows for text in texts):
             self._encode(batch[0], texts)
@@ -151,13 +152,13 @@ class _ShardTexts:
         return arguments
 
     def _encode(self, first: ImageTask, texts: Sequence[str]) -> None:
-        """Encode these texts, and with them the fitting ones of tasks after `first`."""
+        """Encode these texts, together with those of later tasks that have the same settings."""
         group = _text_group(first)
         same = [task for task in self._tasks if _text_group(task) == group]
         start = next((index for index, task in enumerate(same) if task.position == first.position), len(same))
         following = [text for task in same[start:] for text in _texts_of(task)]
         distinct = list(dict.fromkeys([*texts, *following]))[: max(MAX_TEXTS_AT_ONCE, len(texts))]
-        self._group, self._rows, self._embeds = None, {}, (None, None)  # leave memory for the new ones
+        self._group, self._rows, self._embeds = None, {}, (None, None)  # free the memory of the old ones first
         self._embeds = self._pipeline.encode_prompt(distinct, first.request.sampling.t5_sequence_length)
         self._group, self._rows = group, {text: row for row, text in enumerate(distinct)}
 
@@ -168,10 +169,10 @@ class _ShardTexts:
 
 
 class BatchMaker:
-    """Makes the images of one batch after the other; remembers per image shape which batch size was too large.
+    """Makes the images of batches; remembers per image shape which batch size was too large.
 
-    What it remembers only skips calls that would fail again, so that an image does not depend on whether the worker is
-    new. `device_s` is the time in seconds that calls of the pipeline took.
+    This memory only skips calls that would fail again, so images do not depend on the history of a worker. `device_s`
+    is the total time of pipeline calls, in seconds.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class BatchMaker:
     ) -> None:
         """Set the LoRAs of the job, `loras`; `on_progress` is called after each call of the pipeline.
 
-        image_options: further arguments of a call with images of a column.
+        image_options: further arguments of a call with images, by column.
         """
         self._image_options = image_options or {}
         self._pipeline = pipeline
@@ -199,11 +200,11 @@ class BatchMaker:
         self.device_s = 0.0
 
     def start_shard(self, tasks: Sequence[ImageTask]) -> None:
-        """Start a shard whose images will be made in the order of `tasks`."""
+        """Begin a shard whose images will be made in the order of `tasks`."""
         self._texts = _ShardTexts(self._pipeline, tasks) if self._pipeline.offloads_text_encoders else None
 
     def make(self, batch: Sequence[ImageTask]) -> list[ImageOutcome]:
-        """Make the images of a batch whose images and LoRAs can be read.
+        """Make the images of a batch; return errors for tasks whose input images or LoRAs cannot be read.
 
         Raises: DeviceFatal; StoreError if the storage of a LoRA is unavailable.
         """
@@ -224,15 +225,15 @@ class BatchMaker:
         ]
 
     def _with_guidance(self, task: ImageTask) -> ImageTask:
-        """Return a task; one that asks for no guidance gets that of the model with its LoRAs."""
+        """Return a task; set a missing guidance to that of the model with its LoRAs."""
         from_model = task.request.guidance_from_model and not task.error
         return task.guided(self._pipeline.default_guidance) if from_model else task
 
     def _make_parts(self, batch: Sequence[ImageTask], fit: _MemoryFit) -> list[tuple[Pixels | Exception, Tiles | None]]:
-        """Make the images of a batch; after an error those of its halves, down to single images.
+        """Make the images of a batch; after an error make its halves, down to single images.
 
-        A single image that does not fit into memory is tried once more with the autoencoder in small tiles, unless the
-        pipeline makes none: then it fails alone, and the next one is tried again.
+        A single image that does not fit into memory is retried once with the autoencoder in small tiles. A pipeline
+        without tiles fails this image alone, and later ones are tried as before.
         """
         if fit.too_many is None or len(batch) < max(fit.too_many, 2):
             started = time.monotonic()
@@ -287,7 +288,7 @@ class BatchMaker:
         )
 
     def _truncations(self, batch: Sequence[ImageTask]) -> Sequence[tuple[bool | None, bool | None]]:
-        """Return for each image whether CLIP and whether T5 cut one of its prompts."""
+        """Return for each image whether CLIP and T5 truncated one of its prompts."""
         params = batch[0].request.sampling
         cut = self._pipeline.truncations([task.request.prompt for task in batch], params.t5_sequence_length)
         if not params.uses_cfg:
@@ -298,7 +299,7 @@ class BatchMaker:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Drop the locals of the calls that raised an error: tensors, whose memory the next batch needs."""
+    """Clear the local variables of the calls that raised an error: they hold tensors and so memory."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
@@ -309,7 +310,7 @@ def _clear_frames(error: BaseException) -> None:
 
 
 def _text_group(task: ImageTask) -> tuple[Any, ...]:
-    """Return the settings that the texts of images must share to be encoded together."""
+    """Return the settings that must be equal for texts to be encoded together."""
     return task.request.loras, task.request.sampling.t5_sequence_length
 
 

@@ -1,6 +1,6 @@
-"""A shard with which the device is done, on its way to its commit.
+"""A shard whose images are made, until its commit.
 
-Knows the staged images and the commit protocol; does not know how images are made.
+This module knows the staged images and the commit protocol, not how images are made.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """A shard that was committed before this attempt at it began."""
+    """A shard that was committed before this attempt began."""
 
     commit: Commit
 
     def finish(self) -> ShardResult:
-        """Return the result that the commit names."""
+        """Return the result from the commit."""
         return _result(self.commit)
 
 
@@ -36,8 +36,8 @@ class CommittedShard:
 class MadeShard:
     """A shard whose images are made; `finish` may run on another thread while the next shard is made.
 
-    commit: that of another attempt which was faster, None if there is none yet. resources: the local files and the
-    threads of the shard. started: time.monotonic() when the shard was begun. work: what its commit tells of the work.
+    commit: the commit of another attempt that was faster; None if there is none yet. resources: the local files and
+    threads of the shard. started: time.monotonic() at the begin of the shard. work: the figures for its commit.
     """
 
     run: ShardRun | JudgedShard
@@ -51,7 +51,7 @@ class MadeShard:
     work: ShardWork
 
     def finish(self) -> ShardResult:
-        """Wait until the images are staged, publish the shard and empty its staging folder."""
+        """Wait until the images are staged, publish the shard, and remove its staged images."""
         with self.resources, self.heartbeat.busy("finish"):
             commit = self._other_commit() or self._publish()
             self.run.clean()
@@ -64,7 +64,7 @@ class MadeShard:
     def _other_commit(self) -> Commit | None:
         if self.commit is None:
             return self.staging.settle()
-        self.staging.drain()  # an image staged after `clean` would stay
+        self.staging.drain()  # otherwise an image staged after `clean` would remain
         return self.commit
 
     def _publish(self) -> Commit:

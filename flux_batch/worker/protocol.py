@@ -1,6 +1,6 @@
-"""The protocol between a worker and what computes images: FluxImagePipeline is one.
+"""The protocols of pipelines, which compute a worker's images: FluxImagePipeline is an ImagePipeline.
 
-A job may bring its own by `model.pipeline`, which is an `OwnPipeline`: it says less of itself.
+A job may name its own by `model.pipeline`: an `OwnPipeline`, which needs fewer attributes.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ class CompileCache(Protocol):
         ...
 
     def load(self, data: bytes) -> None:
-        """Load what another process has saved, which may run code in it. Raises: ValueError if it is damaged."""
+        """Load the data that another process saved; this may run code in it. Raises: ValueError if it is damaged."""
         ...
 
 
 class Scorer(Protocol):
-    """A judge of images, which gives each a score; an annotator is behind it."""
+    """A function that scores images; it wraps an annotator."""
 
     def __call__(self, images: Sequence[Pixels], records: Sequence[Mapping[str, Any]]) -> Sequence[float | None]:
-        """Return the score of each image, None for one that cannot be judged; `records` are those to be written."""
+        """Return the score of each image, None if there is none; `records` are their metadata records."""
         ...
 
 
 class ImagePipeline(Protocol):
     """A model that computes images: prompts in, uint8 (h w 3) arrays out.
 
-    A worker passes arguments that have a default only to a batch that needs them, and so the fields of SamplingParams
-    that are marked _IF_SET.
+    A worker passes an argument that has a default only if a batch needs it. The same holds for the fields of
+    SamplingParams that are marked _IF_SET.
     """
 
     @property
     def default_t5_sequence_length(self) -> int | None:
-        """The T5 sequence length of images that ask for none, in tokens; None for a model without T5."""
+        """The default T5 sequence length, in tokens; None for a model without T5."""
         ...
 
     @property
     def default_guidance(self) -> float:
-        """The embedded guidance of images whose job and row ask for none."""
+        """The embedded guidance of images whose job and row set none."""
         ...
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        """The arguments of images without which the model makes nothing; one that needs several comes as often."""
+        """The image arguments that the model requires; one that needs several images is repeated."""
         ...
 
     @property
     def compile_cache(self) -> CompileCache | None:
-        """The compile cache, None for a pipeline that compiles nothing."""
+        """The compile cache; None if the pipeline compiles nothing."""
         ...
 
     @property
@@ -71,17 +71,17 @@ class ImagePipeline(Protocol):
 
     @property
     def kernels(self) -> Kernels:
-        """The device, attention and libraries in use, and whether blocks are compiled."""
+        """The device, attention and libraries in use."""
         ...
 
     @property
     def native_dtype(self) -> str:
-        """The dtype that its device computes natively, by name."""
+        """The name of the dtype that its device computes natively."""
         ...
 
     @property
     def offloads_text_encoders(self) -> bool:
-        """True if the text encoders wait in host memory. The texts of a shard are best encoded together then."""
+        """True if the text encoders are kept in host memory; a shard's texts are then encoded together."""
         ...
 
     def __call__(
@@ -112,14 +112,15 @@ class ImagePipeline(Protocol):
         negative_pooled_prompt_embeds: Any = None,
         **sampling: Any,
     ) -> Sequence[Pixels | Exception]:
-        """Make one image for each prompt, or for each row of embeddings; an exception in place of one fails its row.
+        """Make one image for each prompt, or for each row of embeddings.
 
-        `sampling` has the fields of SamplingParams, as `call_arguments` spells them.
+        An exception in the place of an image fails that image. `sampling` has the fields of SamplingParams, as
+        `call_arguments` returns them.
         """
         ...
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Use only these LoRAs from now on, as (uri, scale); called only if a job has any."""
+        """Use exactly these LoRAs from now on, as (uri, scale); called only if a job has any."""
         ...
 
     def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
@@ -132,12 +133,12 @@ class ImagePipeline(Protocol):
     def truncations(
         self, prompts: Sequence[str], t5_sequence_length: int | None = None
     ) -> Sequence[tuple[bool | None, bool | None]]:
-        """Return for each prompt whether the tokenizers of CLIP and of T5 cut it; None where there is none."""
+        """Return for each prompt whether the tokenizers of CLIP and T5 truncate it; None without that tokenizer."""
         ...
 
 
 class OwnPipeline(Protocol):
-    """A pipeline of another model, which a job names: a class, or a function that returns one.
+    """A pipeline for another model, which a job names: a class, or a function that returns a pipeline.
 
         import numpy as np
 
@@ -154,53 +155,53 @@ class OwnPipeline(Protocol):
     >>> Noise(None, device="cpu")(["a cat"], seed=[7], width=32, height=16, num_inference_steps=1)[0].shape
     (16, 32, 3)
 
-    With `model.pipeline: my_module:Noise` and `model.pipeline_options: {grain: 100}` each worker opens
-    `Noise(model, device="cuda", grain=100)` once. `model` is the section of the job, of which `uri` is the pipeline's
-    own to read; `device` is `cpu` or `cuda`. An image must depend on its own prompt, seed and settings alone, not on
-    the others of the call: then a resumed run makes the same.
+    With `model.pipeline: my_module:Noise` and `model.pipeline_options: {grain: 100}` each worker calls
+    `Noise(model, device="cuda", grain=100)` once. `model` is the section `model` of the job; the pipeline decides what
+    its `uri` means. `device` is `cpu` or `cuda`. An image must depend only on its own prompt, seed and settings, not on
+    the other images of the call: then a resumed run makes the same images.
 
-    If a call raises, it is tried again with half of the images, down to single ones: an image that fails alone is a
-    failed row, with the error as its reason. torch's own error for a lack of memory counts as one. An exception in the
-    place of an image fails that row alone.
+    If a call raises, it is retried with half of the images, down to single ones. An image that fails alone becomes a
+    failed row, with the error as its reason. torch's out-of-memory error is handled in the same way. An exception in
+    the place of an image fails only that row.
     """
 
     settings: frozenset[str]
-    """The settings that it knows, of those of `sampling` (`num_inference_steps`, `embedded_guidance`, `cfg_scale`,
-    `negative_prompt`, ...), the columns of images (`input_image`, ...), `tiled`, and of `model` (`loras`, `compile`,
-    ...). It is given no other. A job that sets another ends before a row is rendered; a row that does fails. An
-    attribute of the class is read before the model is loaded."""
+    """The settings that it knows: keys of `sampling` (`num_inference_steps`, `embedded_guidance`, `cfg_scale`,
+    `negative_prompt`, `tiled`, ...), image columns (`input_image`, ...), and keys of `model` (`loras`, `compile`, ...).
+    It gets no others. A job that sets another one ends before any row is rendered; a row that sets another one fails.
+    If it is an attribute of the class, it is checked before the model is loaded."""
 
     def __call__(
         self, prompt: Sequence[str], *, seed: Sequence[int], width: int, height: int, **settings: Any
     ) -> Sequence[Any]:
         """Return an image for each prompt: uint8 (height, width, 3), a PIL image, or an exception.
 
-        settings: those that it declares; `embedded_guidance`, `cfg_scale`, `negative_prompt` and images are lists with
-        a value for each image, all others are one value. Those that have their default may be left out.
+        settings: the declared ones. `embedded_guidance`, `cfg_scale`, `negative_prompt` and images are lists with one
+        value per image; every other setting is one value. Settings at their default may be left out.
         """
         ...
 
 
 class _DetailedPipeline(OwnPipeline, Protocol):
-    """A pipeline that says more of itself; each of these attributes may be left out."""
+    """A pipeline with optional attributes, each of which may be left out."""
 
     default_guidance: float
-    """The `embedded_guidance` of images that ask for none; 0 if left out."""
+    """The `embedded_guidance` of images that set none; 0 if left out."""
     default_t5_sequence_length: int | None
-    """The `t5_sequence_length` of images that ask for none."""
+    """The `t5_sequence_length` of images that set none."""
     needed_images: tuple[str, ...]
-    """The columns of images without which it makes nothing."""
+    """The image columns that it requires."""
     precision: Mapping[str, str]
-    """`dtype` and `quantization`, as the section `model` spells them. The run keeps to those of its first worker."""
+    """`dtype` and `quantization`, spelled as in the section `model`. All workers use those of the first one."""
     is_compiled: bool
-    """True if it compiles, which rounds otherwise."""
+    """True if it is compiled, which changes rounding."""
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Use only these LoRAs from now on, as (uri, scale); called only if it declares `loras`."""
+        """Use exactly these LoRAs from now on, as (uri, scale); called only if it declares `loras`."""
         ...
 
     def truncations(
         self, prompts: Sequence[str], t5_sequence_length: int | None
     ) -> Sequence[tuple[bool | None, bool | None]]:
-        """Return for each prompt whether its tokenizers of CLIP and of T5 cut it."""
+        """Return for each prompt whether its tokenizers of CLIP and T5 truncate it."""
         ...

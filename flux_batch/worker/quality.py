@@ -1,6 +1,7 @@
-"""The images of a shard in several tries, and the decision which one is kept: a function of their scores alone.
+"""Several tries of a shard's images, and the choice of the kept one by score.
 
-A killed attempt is followed by one that reads the scores from the staging area, so it decides alike.
+The choice depends only on the scores. After a killed attempt, the next one reads the scores from the staging area and
+makes the same choice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flux_batch.worker.shard import ShardRun
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One try of an image: whether it was made, and its score, None if it could not be judged."""
+    """One try of an image: True in `is_made` if it was made, and its score; None if it has none."""
 
     is_made: bool
     score: float | None
@@ -29,21 +30,21 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The try of an image that is kept, from 0, and whether it is accepted."""
+    """The number of the kept try, from 0, and whether it is accepted."""
 
     retry: int
     is_accepted: bool
 
 
 def is_open(tries: Sequence[Try], quality: QualityConfig) -> bool:
-    """Return whether an image is tried again. One that cannot be made or judged is not: it would be the same."""
+    """Return whether an image is tried again; one that failed or has no score is not."""
     if len(tries) >= quality.max_tries or not tries[-1].is_made or tries[-1].score is None:
         return False
     return quality.keep == "best" or not _is_good(tries[-1], quality)
 
 
 def choose(tries: Sequence[Try], quality: QualityConfig) -> Choice:
-    """Return the try that is kept: of equal ones the first."""
+    """Return the try that is kept, the first of equal ones."""
     good = [number for number, one in enumerate(tries) if _is_good(one, quality)]
     best = max(range(len(tries)), key=lambda number: (_rank(tries[number]), -number))
     retry = good[0] if good and quality.keep == "first" else best
@@ -59,7 +60,7 @@ def _rank(one: Try) -> tuple[bool, bool, float]:
 
 
 def kept_record(record: ImageRecord, tries: Sequence[Try], choice: Choice, quality: QualityConfig) -> ImageRecord:
-    """Return the record of the kept try with the columns of `quality`; a failed one if it must not stay."""
+    """Return the record of the kept try with the columns of `quality`; a failed record if it is rejected."""
     score = tries[choice.retry].score
     columns = zip(QUALITY_COLUMNS, (len(tries), score, choice.is_accepted), strict=True)
     record = replace(record, passthrough={**record.passthrough, **dict(columns)})
@@ -71,7 +72,7 @@ def kept_record(record: ImageRecord, tries: Sequence[Try], choice: Choice, quali
 def with_scores(
     outcomes: Sequence[ImageOutcome], scorer: Scorer, record_of: Callable[[ImageOutcome], Mapping[str, Any]]
 ) -> list[ImageOutcome]:
-    """Return outcomes with the scores of their images; `record_of` is what is to be written of one."""
+    """Return outcomes with the scores of their images; `record_of` returns the metadata of an outcome."""
     made = [one for one in outcomes if not isinstance(one.result, Exception)]
     if not made:
         return [*outcomes]
@@ -81,7 +82,7 @@ def with_scores(
 
 
 class JudgedShard:
-    """The attempts at a shard, one a round: each makes the next try of all images whose tries were not good enough."""
+    """The rounds of a shard: each makes the next try of all images that are still below the score."""
 
     def __init__(self, quality: QualityConfig, first: ShardRun) -> None:
         self.index, self.scratch = first.index, first.scratch
@@ -89,7 +90,10 @@ class JudgedShard:
         self._rounds = [first]
 
     def next_round(self) -> ShardRun | None:
-        """Return the attempt that makes the next tries, once the last one is whole; None if there are none."""
+        """Return the attempt that makes the next tries; None if there are none.
+
+        Call it only after all images of the last one are recorded.
+        """
         last = self._rounds[-1]
         tasks = [task for task in last.tasks if is_open(self._tries(task.position), self._quality)]
         if not tasks:
@@ -98,16 +102,16 @@ class JudgedShard:
         return self._rounds[-1]
 
     def ordered_records(self) -> list[ImageRecord]:
-        """Return the records of the images that are kept, in input order."""
+        """Return the records of the kept images, in input order."""
         return [record for record, _ in self._kept]
 
     @property
     def images(self) -> dict[str, Path]:
-        """The encoded files of the images that are kept, by key."""
+        """The encoded files of the kept images, by key."""
         return {record.key: path for record, path in self._kept if path is not None}
 
     def clean(self) -> None:
-        """Empty the staging folder after the commit."""
+        """Remove the staged images after the commit."""
         for run in self._rounds:
             run.clean()
 
@@ -133,7 +137,7 @@ class JudgedShard:
 
 
 def _below(record: ImageRecord, score: float | None, num_tries: int, quality: QualityConfig) -> ImageRecord:
-    """Return the record of an image of which no try was good enough."""
+    """Return the failed record of an image whose tries all scored too low."""
     reached = "could not be judged" if score is None else f"reached {score:g} at best in {num_tries} tries"
     return replace(
         record,

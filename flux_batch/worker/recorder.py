@@ -1,6 +1,6 @@
-"""The metadata record of a requested image, made or failed; and the way back, from a record to its task.
+"""The metadata record of a requested image, made or failed; and the reverse, from a record to its task.
 
-Knows requests, records and the job; does not know how images are made or where they lie.
+This module knows requests, records and the job, but not how images are made or where they are stored.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _MAX_MESSAGE_LENGTH = 1000
 
 
 class Recorder:
-    """Builds the records of a job; `text_length` is the T5 sequence length of images that ask for none, in tokens.
+    """Builds the records of a job; `text_length` is the default T5 sequence length, in tokens.
 
-    None for a model without T5.
+    It is None for a model without T5.
     """
 
     def __init__(self, model: ModelConfig, output_format: OutputFormat, text_length: int | None) -> None:
@@ -49,7 +49,7 @@ class Recorder:
         self._text_length = text_length
 
     def outcome_fields(self, shard: str, outcome: ImageOutcome) -> dict[str, Any]:
-        """Return the same fields as `fields`, for the outcome of a task."""
+        """Return the `fields` of the outcome of a task."""
         tile_size = outcome.tiles.size if outcome.tiles else None
         return self.fields(shard, outcome.task, tile_size, outcome.truncated or (None, None))
 
@@ -60,7 +60,7 @@ class Recorder:
         tile_size: int | None = None,
         truncated: tuple[bool | None, bool | None] = (None, None),
     ) -> dict[str, Any]:
-        """Return the fields that records of made and failed images share."""
+        """Return the fields that the records of made and failed images have in common."""
         request = task.request
         fields: dict[str, Any] = {name: getattr(request.sampling, name) for name in SAMPLING_FIELDS}
         fields["t5_sequence_length"] = fields["t5_sequence_length"] or self._text_length
@@ -81,7 +81,7 @@ class Recorder:
         }
 
     def made(self, shard: str, fields: Mapping[str, Any], data: bytes, sources: Sequence[bytes] = ()) -> ImageRecord:
-        """Return the record of an image, by the bytes of it and its source images."""
+        """Return the record of a made image; `data` and `sources` are its bytes and those of its source images."""
         return _record(
             {**fields, "passthrough": {**fields["passthrough"], **source_fields(sources)}},
             status="success",
@@ -95,7 +95,7 @@ class Recorder:
         return _record(fields, status="failed", error_type=error_type, error_message=error_message)
 
     def failed_row(self, shard: str, row: FailedRow) -> ImageRecord:
-        """Return the record of an invalid row: one failed image, however many the row asked for."""
+        """Return the record of an invalid row: one failed image, even if the row requested several."""
         return ImageRecord(
             key=image_key(shard, row.row, 0),
             id=row.id,
@@ -109,7 +109,7 @@ class Recorder:
         )
 
     def _lora_fields(self, loras: tuple[LoraUse, ...]) -> dict[str, Any]:
-        """Return the LoRAs of an image; "" for an image without one in a job that has some."""
+        """Return the fields of an image's LoRAs; `lora` is "" for an image without any in a job with some."""
         if len(loras) == 1:
             return {"lora": loras[0].name, "lora_scale": loras[0].scale}
         if not loras and not self._model.loras:
@@ -117,7 +117,7 @@ class Recorder:
         return {"lora": ", ".join(f"{lora.name} ({lora.scale:g})" for lora in loras)}
 
     def _model_fields(self) -> dict[str, Any]:
-        """Return the fields of the model, and of settings that trade quality away."""
+        """Return the fields of the model, and of its settings that cost quality."""
         model = self._model
         return {"model": public_uri(model.uri), "quantization": model.quantization, "step_cache": model.step_cache}
 
@@ -129,12 +129,12 @@ def _record(fields: Mapping[str, Any], **outcome: Any) -> ImageRecord:
 
 
 def provenance(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record that are written into the image file."""
+    """Return the fields of a record that are embedded in the image file."""
     return {name: value for name, value in fields.items() if name != "passthrough" and value is not None}
 
 
 def message_of(error: Exception) -> str:
-    """Return the message of an error in one line; errors of other libraries with the line of code that raised them."""
+    """Return the message of an error in one line; for errors of libraries, with the line of code that raised them."""
     line = one_line(error)[:_MAX_MESSAGE_LENGTH]
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, FluxBatchError) or not frames:
@@ -143,11 +143,11 @@ def message_of(error: Exception) -> str:
 
 
 def recorded_task(row: Mapping[str, Any], config: JobConfig) -> ImageTask:
-    """Return the task of an image that was made, from its metadata row.
+    """Return the task of a made image from its metadata row.
 
-    The images of its row are read. Its seed is that of the try that was kept. A setting that older metadata lacks has
-    its default.
-    Raises: JobError if the row does not say enough, or if one of its images cannot be read; StoreError.
+    The images of the row are read. The seed is that of the kept try. Settings that older metadata lacks have their
+    defaults.
+    Raises: JobError if the row lacks information, or if one of its images cannot be read; StoreError.
     """
     sampling = {name: row.get(name, field.default) for name, field in SAMPLING_FIELDS.items()}
     request = ImageRequest(
@@ -170,7 +170,7 @@ def recorded_task(row: Mapping[str, Any], config: JobConfig) -> ImageTask:
 
 
 def recorded_tiles(row: Mapping[str, Any], sampling: SamplingConfig) -> Tiles | None:
-    """Return the tiles in which an image was decoded: those of its job, or small ones to save memory."""
+    """Return the tiles in which an image was decoded: the job's, or small ones after a lack of memory."""
     size = row.get("tile_size")
     if size is None:
         return None
@@ -179,7 +179,7 @@ def recorded_tiles(row: Mapping[str, Any], sampling: SamplingConfig) -> Tiles | 
 
 
 def _recorded_images(row: Mapping[str, Any]) -> RowImages:
-    """Return the images that an image was made from. Raises: JobError if a name is not enough to find one."""
+    """Return the images that an image was made from. Raises: JobError if one cannot be found by its name."""
     found: dict[str, Any] = {}
     for column in IMAGE_COLUMNS:
         if names := row.get(column):
@@ -203,7 +203,7 @@ def _recorded_image(row: Mapping[str, Any], name: str, column: str) -> InputImag
 def _recorded_loras(row: Mapping[str, Any], model: ModelConfig) -> tuple[LoraUse, ...]:
     """Return the LoRAs of an image: none, one by its name, or all of its job.
 
-    Raises: JobError if a name is not enough to find one.
+    Raises: JobError if one cannot be found by its name.
     """
     name, scale = row.get("lora"), row.get("lora_scale")
     if not name:
@@ -218,7 +218,7 @@ def _recorded_loras(row: Mapping[str, Any], model: ModelConfig) -> tuple[LoraUse
 
 
 def _check_is_full(row: Mapping[str, Any], name: str, column: str) -> None:
-    """Raise JobError for a relative name: the metadata does not say of which prompts file its row is."""
+    """Raise JobError for a relative name: the metadata does not contain the prompts file of its row."""
     if not name.startswith("/") and "://" not in name:
         raise JobError(
             f"{row['key']}: cannot be made again: its {column} {name} is relative to its prompts file, which the "

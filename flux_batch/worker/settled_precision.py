@@ -1,7 +1,7 @@
-"""The dtype and the kernels of a run: the first worker writes them down, all others keep to the dtype.
+"""The dtype and the kernels of a run: the first worker records them, and all others use its dtype.
 
-A resumed run may use other machines, which would choose another dtype and make other images. Kernels are the machine's:
-a worker with others says so.
+A resumed run may use other machines, which would choose another dtype and make different images. Kernels depend on the
+machine, so a worker with different ones only logs a warning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flux_batch.worker.protocol import ImagePipeline
 
 log = logging.getLogger(__name__)
 
-# The guidance that a job began with which named none, before it was that of the model.
+# The guidance of jobs without one in earlier versions, which did not take it from the model.
 _FORMER_GUIDANCE = 3.5
 
 
@@ -30,7 +30,7 @@ def load_settled(
 ) -> tuple[ImagePipeline, ModelConfig]:
     """Load a pipeline in the dtype of the run, which the first worker settles. Raises: StoreError.
 
-    Returns: the pipeline, and the `model` section with that dtype instead of `auto`.
+    Returns: the pipeline, and the section `model` with that dtype in place of `auto`.
     """
     settled = settled_model(store, model)
     pipeline = make_pipeline(settled)
@@ -42,7 +42,7 @@ def load_settled(
     if settled.dtype == "auto":  # another worker was faster
         settled = settled_model(store, model)
         if settled != mine:
-            del pipeline  # a device may have no room for two
+            del pipeline  # a device may not have memory for two
             gc.collect()
             pipeline = make_pipeline(settled)
     _warn_of_differences(store, model, settled, pipeline)
@@ -50,13 +50,13 @@ def load_settled(
 
 
 def _precision_of(pipeline: ImagePipeline, model: ModelConfig) -> dict[str, str]:
-    """Return the dtype of a pipeline, and its quantization unless the job asks for one."""
+    """Return the dtype of a pipeline, and its quantization unless the job sets one."""
     names = ("dtype", "quantization") if model.quantization == "none" else ("dtype",)
     return {name: pipeline.precision[name] for name in names}
 
 
 def _write_record(store: Store, chosen: dict[str, str], kernels: Kernels) -> bool:
-    """Write down what the run computes in and on. Returns: False if another worker has. Raises: StoreError."""
+    """Record the precision and kernels of the run. Returns: False if another worker has. Raises: StoreError."""
     try:
         store.put_if_absent(PRECISION, json.dumps({**chosen, "kernels": asdict(kernels)}).encode())
     except AlreadyExists:
@@ -65,16 +65,19 @@ def _write_record(store: Store, chosen: dict[str, str], kernels: Kernels) -> boo
 
 
 def _warn_of_differences(store: Store, model: ModelConfig, settled: ModelConfig, pipeline: ImagePipeline) -> None:
-    """Log where this worker computes otherwise than its device would, and than the first worker. Raises: StoreError."""
+    """Log differences from the dtype native to this device, and from the first worker's kernels.
+
+    Raises: StoreError.
+    """
     if model.dtype == "auto" and pipeline.native_dtype != settled.dtype:
         log.warning(
-            "this worker computes in %s, as the run began; its device computes natively in %s",
+            "this worker computes in %s, like the first worker of the run; its device computes natively in %s",
             _name_of(settled),
             pipeline.native_dtype,
         )
     if (first := kernels_of_run(store)) and first != pipeline.kernels:
         log.warning(
-            "this worker computes on %s; the run began on %s: the last bits of images may differ",
+            "this worker computes on %s, the first worker of the run on %s: the last bits of images may differ",
             pipeline.kernels,
             first,
         )
@@ -89,7 +92,7 @@ def kernels_of_run(store: Store) -> Kernels | None:
 
 
 def with_model_of_run(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job with what its run began with where it leaves that open: dtype, `compile`, guidance.
+    """Return a job with its open settings taken from its run: dtype, `compile`, guidance.
 
     Raises: StoreError, JobError.
     """
@@ -108,12 +111,12 @@ def with_model_of_run(store: Store, config: JobConfig) -> JobConfig:
 
 
 def settled_job(store: Store, config: JobConfig) -> JobConfig:
-    """Return a job with the settled dtype of its run instead of `auto`. Raises: StoreError."""
+    """Return a job with the settled dtype of its run in place of `auto`. Raises: StoreError."""
     return config.model_copy(update={"model": settled_model(store, config.model)})
 
 
 def settled_model(store: Store, model: ModelConfig) -> ModelConfig:
-    """Return the section with the settled dtype instead of `auto`, if there is one. Raises: StoreError."""
+    """Return the section with the settled dtype in place of `auto`, if there is one. Raises: StoreError."""
     if model.dtype != "auto":
         return model
     try:

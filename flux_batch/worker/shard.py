@@ -1,6 +1,6 @@
-"""The state of one shard while it is made: requested images, finished ones, and those left to make.
+"""The state of a shard while it is made: requested images, finished ones, and those left.
 
-Knows tasks, records and the staging area; does not know what computes images nor how a shard is published.
+This module knows tasks, records and the staging area, but not how images are computed or how a shard is published.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from flux_batch.worker.batches import ImageTask, batches, tasks_of, with_sources
 from flux_batch.worker.generate import ImageOutcome
 from flux_batch.worker.recorder import Recorder, message_of, provenance
 
-# Objects of the staging area that are read at once; each holds the images of a batch.
+# Objects of the staging area that are read at the same time; each holds the images of a batch.
 _STAGED_READERS = 8
-# An image fails once that many workers were lost, each while it made only this image.
+# An image fails once this many workers were lost while they made only this image.
 _MAX_LOSSES_ALONE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _PlannedBatch:
-    """Tasks to be made together; `label` names them in marks, the same for every attempt at the shard."""
+    """Tasks to be made together; `label` names them in marks, alike in every attempt at the shard."""
 
     label: str
     tasks: list[ImageTask]
 
 
 class ShardRun:
-    """One attempt at a shard: `records` by (row, image index), `images` by key, the encoded files on this disk.
+    """One attempt at a shard: `records` by (row, image index), and local encoded files, `images`, by key.
 
-    After a worker was lost on the shard, batches are isolated: each is marked as started, and staged before the next
-    begins. A batch whose mark was left behind is split and made last, one image at a time; an image whose mark was
-    left behind twice fails.
+    After a worker was lost on the shard, batches are isolated: each is marked as started, and is staged before the next
+    begins. A mark that remains shows a batch that killed its worker: its images are made last, one at a time. An image
+    whose own mark has remained twice fails.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ShardRun:
         *,
         retry_failed: bool = False,
     ) -> None:
-        """Begin with nothing; `scratch` is an empty local folder, which the caller removes.
+        """Begin an attempt without rows; `scratch` is an empty local folder, which the caller removes.
 
         retry_failed: make images again that failed in earlier attempts.
         """
@@ -76,10 +76,11 @@ class ShardRun:
         self._begun: set[tuple[int, int]] = set()  # positions that this attempt makes itself
         self._own_objects: set[str] = set()  # in the staging area
         self._seen_objects: set[str] = set()
-        self._losses: Counter[str] = Counter()  # by label: marks that lost workers left behind
+        self._losses: Counter[str] = Counter()  # by label: marks of lost workers
         self.scores: dict[tuple[int, int], float | None] = {}
         self._retry = 0
-        self._is_repair = False  # images that were adopted are made once more as neighbours of those that are missing
+        # True if adopted images are made once more in the batches of missing ones, which gives the same last bits.
+        self._is_repair = False
 
     @property
     def num_tasks(self) -> int:
@@ -88,12 +89,12 @@ class ShardRun:
 
     @property
     def is_retry(self) -> bool:
-        """True if it makes images again that were not good enough."""
+        """True if it makes further tries of images with low scores."""
         return self._retry > 0
 
     @property
     def count(self) -> ShardCount:
-        """The number of images requested, and of those done so far."""
+        """The numbers of images requested and done so far."""
         records = self.records.copy()
         requested = {task.position for task in self._tasks.values()}
         errors = Counter(record.error_type or "" for record in records.values() if record.status == "failed")
@@ -102,7 +103,7 @@ class ShardRun:
 
     @property
     def is_isolated(self) -> bool:
-        """True once workers were lost on this shard: the next loss must name its batch."""
+        """True once workers were lost on this shard: the next loss must show its batch."""
         return self._attempt.lost > 0 or bool(self._losses)
 
     def ordered_records(self) -> list[ImageRecord]:
@@ -115,12 +116,12 @@ class ShardRun:
         return list(self._tasks.values())
 
     def key(self, task: ImageTask) -> str:
-        """Return the key of an image; that of a further try ends with its number."""
+        """Return the key of an image; the key of a further try ends with the number of the try."""
         key = image_key(self.name, task.request.row, task.image_index)
         return f"{key}.{task.retry}" if task.retry else key
 
     def again(self, tasks: Iterable[ImageTask]) -> ShardRun:
-        """Return an attempt at the next tries of some images, staged beside this one."""
+        """Return an attempt that makes the next tries of some images, staged beside this one."""
         run = ShardRun(
             Shard(index=self.index, parts=()),
             self._attempt,
@@ -135,7 +136,7 @@ class ShardRun:
         return run
 
     def add(self, row: ImageRequest | FailedRow) -> None:
-        """Add a row; the bytes of its images are spilled to disk, as those of a shard may not fit into memory."""
+        """Add a row; write the bytes of its images to disk, since those of a shard may not fit into memory."""
         row = with_sources(row, self._output.sources)
         if isinstance(row, FailedRow):
             self.records[row.row, 0] = self._recorder.failed_row(self.name, row)
@@ -144,21 +145,21 @@ class ShardRun:
         self._tasks |= {self.key(task): task for task in tasks_of(row)}
 
     def adopt_staged(self) -> None:
-        """Adopt the images that earlier attempts have staged, once all rows are added."""
+        """Adopt the images staged by earlier attempts, after all rows were added."""
         staged = self._staging.list(self.index)
         self._losses = staged.tries
-        if self._retry_failed and self._attempt == Attempt():  # later ones have marks of this invocation
+        if self._retry_failed and self._attempt == Attempt():  # later attempts have marks of this invocation
             self._forget_repeated_losses()
         self._is_repair = any(is_repair(name) for name in staged.objects)
         self._adopt(self._of_this_try(staged.objects))
-        if not self._attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
+        if not self._attempt.reverse_order:  # otherwise a mark may belong to the other worker, which is alive
             self._fail_repeated_losses()
 
     def queue(self, size: int) -> list[_PlannedBatch]:
-        """Return the batches that are left to make, in the order to make them.
+        """Return the batches that are left to make, in order.
 
-        Batches are formed of all tasks, made or not, so that an image has the neighbours that it has in an undisturbed
-        run; images that may have killed a worker come last and alone, when everything else is safe.
+        Batches are formed from all tasks, made or not, so that an image is batched with the same others as in an
+        undisturbed run. Images that may have killed a worker come last and alone, when all others are safe.
         """
         whole: list[_PlannedBatch] = []
         isolated: list[_PlannedBatch] = []
@@ -176,21 +177,24 @@ class ShardRun:
         return whole + sorted(isolated, key=lambda batch: self._losses[batch.label])
 
     def begin(self, batch: _PlannedBatch) -> list[ImageTask]:
-        """Begin a batch. Returns: its tasks, except those that were adopted from another attempt meanwhile.
+        """Begin a batch. Returns: its tasks, except those adopted from another attempt meanwhile.
 
-        In a repair the adopted ones are made too, as neighbours: see `missing`.
+        In a repair the adopted ones are made too, since they belong to the batch; see `missing`.
         """
         tasks = [task for task in batch.tasks if task.position not in self.records]
         self._begun |= {task.position for task in tasks}
         return batch.tasks if tasks and self._is_repair else tasks
 
     def missing(self, outcomes: Sequence[ImageOutcome]) -> Sequence[ImageOutcome]:
-        """Return the outcomes of a batch that are no neighbours: their images are not there yet."""
+        """Return the outcomes whose images are missing; the others were only made to complete the batch."""
         return [outcome for outcome in outcomes if outcome.task.position not in self.records]
 
     @contextmanager
     def marked(self, batch: _PlannedBatch, worker: str) -> Iterator[None]:
-        """Mark a batch as started while the block runs, if batches are isolated; the mark outlives a lost process."""
+        """Mark a batch as started while the block runs, if batches are isolated.
+
+        The mark of a lost process remains.
+        """
         if not self.is_isolated:
             yield
             return
@@ -198,14 +202,14 @@ class ShardRun:
         try:
             yield
         except DeviceFatal:
-            raise  # this process ends, so the mark stays as that of a lost one
+            raise  # this process ends, so the mark must remain as that of a lost worker
         except BaseException:
             self._staging.unmark(mark)
             raise
         self._staging.unmark(mark)
 
     def encode(self, outcome: ImageOutcome) -> StagedImage:
-        """Encode one image to this disk and record it; runs on an encoder thread."""
+        """Encode one image to a local file and record it; runs on an encoder thread."""
         fields = self._recorder.outcome_fields(self.name, outcome)
         position = outcome.task.position
         if isinstance(outcome.result, Exception):
@@ -223,7 +227,10 @@ class ShardRun:
         return StagedImage(self.key(outcome.task), staged_record(fields) | score, data, sources)
 
     def stage(self, encoded: Sequence[Future[StagedImage]]) -> None:
-        """Stage a batch once its images are encoded, the last one too: the next shard is begun before the commit."""
+        """Stage a batch once its images are encoded.
+
+        The last batch is staged too, since the next shard begins before the commit.
+        """
         name = self._staging.put(self.index, [image.result() for image in encoded], retry=self._retry)
         self._own_objects.add(name)
         self._seen_objects.add(name)
@@ -231,7 +238,7 @@ class ShardRun:
     def adopt_others(self) -> bool:
         """Adopt the images that another attempt at the shard has staged meanwhile.
 
-        Returns: whether everything that this attempt staged is still there; it is removed after a commit.
+        Returns: False if objects that this attempt staged are gone, since another attempt has committed the shard.
         """
         own = self._own_objects.copy()
         staged = self._staging.list(self.index)
@@ -240,9 +247,9 @@ class ShardRun:
         return own <= staged.objects
 
     def clean(self) -> None:
-        """Remove what was staged, after the commit; no request is made if nothing ever was.
+        """Remove staged objects after the commit; makes no request if none were staged.
 
-        A worker that works on the shard beside this one removes what it stages itself.
+        Another worker on the same shard removes its own objects.
         """
         if self.is_isolated or self._attempt.reverse_order:
             self._staging.remove(self.index)
@@ -250,7 +257,7 @@ class ShardRun:
             self._staging.discard(self.index, self._seen_objects)
 
     def image_of(self, position: tuple[int, int]) -> Path:
-        """Return the encoded file of an image that was made."""
+        """Return the encoded local file of a made image."""
         key = image_key(self.name, *position)
         return self.images[f"{key}.{self._retry}" if self._retry else key]
 
@@ -267,11 +274,11 @@ class ShardRun:
     def _adopt(self, names: Iterable[str]) -> None:
         with ThreadPoolExecutor(_STAGED_READERS, "adopt") as readers:
             failed = [image for some in readers.map(self._adopt_made, sorted(names)) for image in some]
-        for image in failed:  # after those that were made: a later attempt may have made one of these
+        for image in failed:  # after the made ones: a later attempt may have made an image that failed before
             self._adopt_image(image)
 
     def _adopt_made(self, name: str) -> list[StagedImage]:
-        """Adopt the images of an object that were made. Returns: those that failed, if they stay so."""
+        """Adopt the made images of a staged object. Returns: the failed ones, unless they are retried."""
         self._seen_objects.add(name)
         failed = []
         for image in self._staging.read(self.index, name):
@@ -282,7 +289,7 @@ class ShardRun:
         return failed
 
     def _adopt_image(self, image: StagedImage) -> None:
-        """Adopt an image that is wanted, unless another row or other settings made it."""
+        """Adopt an image that is still needed and has the same row and settings."""
         task = self._tasks.get(image.key)
         if task is None or not self._is_wanted(task):
             return
@@ -305,7 +312,7 @@ class ShardRun:
             self.records[task.position] = self._recorder.failed(fields, *error)
 
     def _forget_repeated_losses(self) -> None:
-        """Remove the marks of images that would fail for too many lost workers."""
+        """Remove the marks of images that would fail because of too many lost workers."""
         labels = {key for key in self._tasks if self._losses[key] >= _MAX_LOSSES_ALONE}
         if labels:
             self._staging.forget_losses(self.index, labels)
@@ -313,7 +320,7 @@ class ShardRun:
             del self._losses[key]
 
     def _fail_repeated_losses(self) -> None:
-        """Record images as failed that were made alone by too many lost workers."""
+        """Record images as failed if too many workers were lost while making them alone."""
         for key, task in self._tasks.items():
             losses = self._losses[key]
             if losses >= _MAX_LOSSES_ALONE and task.position not in self.records:

@@ -1,6 +1,6 @@
-"""The way of made images to the staging area, while the device makes the next.
+"""Encoding and staging of made images in the background, while the device makes the next.
 
-Knows threads and their order; does not know what computes images nor how a shard is published.
+This module knows threads and their order, but not how images are computed or how a shard is published.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from flux_batch.worker.shard import ShardRun
 
 
 class StagingQueue:
-    """Encodes and stages the batches of one shard, in order, on threads of its own.
+    """Encodes and stages the batches of one shard, in order, on its own threads.
 
-    Between two batches it can look for other attempts at the shard. A context manager, which waits for its threads at
+    Between two batches it can look for other attempts at the shard. As a context manager it waits for its threads at
     the end.
     """
 
@@ -43,7 +43,7 @@ class StagingQueue:
         self._num_put = 0
 
     def __enter__(self) -> StagingQueue:
-        """Return itself."""
+        """Return this queue."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,26 +60,26 @@ class StagingQueue:
         self._in_flight.append(self._stager.submit(self._stage, encoded))
 
     def wait(self, max_in_flight: int = 0) -> None:
-        """Wait until at most `max_in_flight` batches are not staged. Raises: what encoding or staging them raised."""
+        """Wait until at most `max_in_flight` batches are not staged. Raises: errors of encoding or staging."""
         while len(self._in_flight) > max_in_flight:
             self._in_flight.popleft().result()
 
     def poll(self) -> None:
-        """Look for other attempts at the shard once the batches before are staged."""
+        """Look for other attempts at the shard after the batches put so far are staged."""
         self._polled = self._stager.submit(self._other_commit)
 
     def polled_commit(self) -> Commit | None:
-        """Return the commit of another attempt that the last `poll` found, None without a poll; waits for it."""
+        """Wait for the last `poll`. Returns: the commit of another attempt that it found; None without a poll."""
         return self._polled.result() if self._polled else None
 
     def drain(self) -> None:
-        """Wait until nothing is in flight, whatever becomes of it."""
+        """Wait until nothing is in flight, and ignore errors."""
         wait(self._in_flight)
 
     def settle(self) -> Commit | None:
-        """Wait until all batches are staged. Returns: the commit of another attempt, if there was time for one.
+        """Wait until all batches are staged. Returns: the commit of another attempt, if there is one.
 
-        The shard of a single batch is not polled for.
+        A shard of a single batch is not checked for one.
         """
         self.wait()
         return self._other_commit() if self._num_put > 1 else None

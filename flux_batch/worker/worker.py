@@ -1,10 +1,10 @@
 """The work on a shard: rows -> batches -> images -> files -> commit.
 
-It has two halves, so that the device need not wait for the storage: `Worker.make` ends with the last image, and
-`MadeShard.finish` takes the shard to its commit while the next one is made.
+It has two parts, so that the device need not wait for the storage: `Worker.make` ends with the last image, and
+`MadeShard.finish` commits the shard while the next one is made.
 
-Knows prompts, records and storage; takes the pipeline as an argument and does not know what computes an image,
-nor on which machine it runs.
+This module knows prompts, records and storage. It gets the pipeline as an argument, and knows neither how an image is
+computed nor on which machine it runs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from flux_batch.worker.settled_precision import load_settled
 from flux_batch.worker.shard import ShardRun
 from flux_batch.worker.staging_queue import StagingQueue
 
-# Batches that may be in flight to the staging area while the next is made; a kill costs these beside the next.
+# Batches that may be on their way to the staging area while the next is made; a killed worker loses them all.
 _MAX_IN_FLIGHT = 1
-# Threads that read input images; each may hold a large one before it is made smaller.
+# Threads that read input images; each may hold a large image in memory until it is resized.
 _INPUT_IMAGE_READERS = 4
 _FIRST_ATTEMPT = Attempt()
 
@@ -63,9 +63,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerFactory:
-    """The settings of a worker; pickles small, so that the worker is opened where its device is.
+    """The settings of a worker, with a small pickle: the worker is opened on the machine of its device.
 
-    retry_failed: make images of uncommitted shards again that failed in earlier attempts.
+    retry_failed: in uncommitted shards, make images again that failed in earlier attempts.
     """
 
     config: JobConfig
@@ -79,7 +79,7 @@ class WorkerFactory:
     def open(self) -> Worker:
         """Load the model and open the output, after removing the local files of killed workers.
 
-        Raises: NotFound if the output is not that of the driver.
+        Raises: NotFound if the output is not the driver's.
         """
         sweep_scratch()
         output, failures = self.config.output, self.config.failures
@@ -90,20 +90,20 @@ class WorkerFactory:
 
 
 def _check_is_shared(store: Store) -> None:
-    """Raise NotFound if the output has no plan here: no image of this node would come to the driver."""
+    """Raise NotFound if the output has no plan here: the driver would not see images of this node."""
     if not store.exists(PLAN):
         raise NotFound(
-            f"{store.uri}: holds no run on {socket.gethostname()}, where a worker starts; as output.uri name a bucket, "
-            "or a folder that this node shares with the driver"
+            f"{store.uri}: holds no run on {socket.gethostname()}, where a worker starts; set output.uri to a bucket, "
+            "or to a folder that this node shares with the driver"
         )
 
 
 class Worker:
-    """A pipeline with an input and an output, which makes one shard after the other."""
+    """A worker: it makes one shard after the other with its pipeline."""
 
     def __init__(self, factory: WorkerFactory, pipeline: ImagePipeline) -> None:
         config = self._config = factory.config
-        # FLUX.1 knows all settings, and refuses what its variant does not read.
+        # FLUX.1 knows all settings, and itself refuses those that its variant does not use.
         self._known: Collection[str] | None = getattr(pipeline, "settings", None)
         check_settings(config, self._known)
         self.metrics = Metrics(config.name)
@@ -132,18 +132,18 @@ class Worker:
             self._beat_making,
             image_options=self._image_options,
         )
-        # Once the LoRAs of the job are set, which may make another variant of the model.
+        # Read after the LoRAs of the job are set, which may turn the model into another variant.
         self._guidance = pipeline.default_guidance
         self._recorder = Recorder(config.model, output_format, pipeline.default_t5_sequence_length)
         self._scorer = None
         if config.quality:
-            assert factory.make_scorer, "a job with `quality` needs something that judges images"
+            assert factory.make_scorer, "a job with `quality` needs a scorer"
             self._scorer = factory.make_scorer(config.quality)
 
     def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> MadeShard | CommittedShard:
-        """Make the images of a shard; a committed one is left as it is.
+        """Make the images of a shard; a committed one is left unchanged.
 
-        Returns: the shard, to be finished, which may be done on another thread while the next one is made.
+        Returns: the shard, which must be finished; another thread may do this while the next one is made.
         Raises: Stopped after stop(), with the images made so far in the staging area.
         """
         started, unix_time, device_s = time.monotonic(), time.time(), self._maker.device_s
@@ -183,15 +183,15 @@ class Worker:
             )
 
     def stop(self) -> None:
-        """Stop the current shard after its batch in hand, and make no other."""
+        """Stop the current shard after its present batch, and make no other."""
         self._stop.request()
 
     def idle_s(self) -> float:
-        """Return the seconds since the last progress of what is made or finished; 0 while nothing is."""
+        """Return the seconds since the last progress of making or finishing; 0 if neither runs."""
         return self._heartbeat.idle_s()
 
     def _read_rows(self, shard: Shard, attempt: Attempt, scratch: Path) -> ShardRun:
-        """Read the rows of a shard, and adopt the images that earlier attempts have staged."""
+        """Read the rows of a shard, and adopt the images staged by earlier attempts."""
         run = ShardRun(
             shard,
             attempt,
@@ -216,22 +216,22 @@ class Worker:
         return StagingQueue(run, self._commits, num_encoders, metrics, partial(self._on_staged, run))
 
     def _on_staged(self, run: ShardRun) -> None:
-        """Count the images of a shard, and show that the worker lives. Further tries of images do not count."""
+        """Count the images of a shard, except further tries, and record a sign of life."""
         if not run.is_retry:
             self.metrics.count_shard(run.index, run.count)
         self._heartbeat.beat()
 
     def _make_batches(self, run: ShardRun, staging: StagingQueue, metrics: ShardMetrics) -> Commit | None:
-        """Make the images of a shard that are left. Returns: the commit of another attempt that was faster.
+        """Make the remaining images of a shard. Returns: the commit of another attempt that was faster.
 
-        While one batch is made, the input images of the next are read, the last batch is encoded and staged, and
+        While one batch is made, the input images of the next are read, the previous batch is encoded and staged, and
         other attempts at the shard are polled.
         """
         queue = run.queue(self._batch_size)
         self._maker.start_shard([task for batch in queue for task in batch.tasks])
         readers = ThreadPoolExecutor(_INPUT_IMAGE_READERS, "read")
         with ExitStack() as on_end:
-            # What is read ahead is needed no more at a stop, and a server may be silent for minutes.
+            # At a stop, images read ahead are not needed, and a server may not answer for minutes.
             on_end.callback(readers.shutdown, wait=False, cancel_futures=True)
             images = InputImages(readers, self._read_images)
             for number, batch in enumerate(queue):
@@ -242,10 +242,10 @@ class Worker:
                 tasks = run.begin(batch)
                 if not tasks:
                     continue
-                # What is staged was listed before the first batch, and is listed once more after the last one.
+                # Not at the ends: staged images are listed before the first batch and after the last one anyway.
                 if 0 < number < len(queue) - 1:
                     staging.poll()
-                # If the process dies while it reads, the mark must name the batch that it was reading for.
+                # In isolation nothing is read ahead: if the process dies while it reads, the mark shows the batch.
                 following = [] if run.is_isolated else queue[number + 1 : number + 1 + READ_AHEAD]
                 with run.marked(batch, self._publisher.worker):
                     with metrics.timed("input"):
@@ -268,7 +268,7 @@ class Worker:
         return scored
 
     def _stop_shard(self, run: ShardRun, staging: StagingQueue) -> Commit:
-        """Stage the images made so far. Returns: the commit of another driver's worker, if there is one.
+        """Stage the images made so far. Returns: the commit of another attempt, if there is one.
 
         Raises: Stopped if there is none.
         """

@@ -216,7 +216,7 @@ def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path
         "--logical-date",
         "",
     ]
-    with pytest.raises(JobError, match="--logical-date is empty: what should have printed the day failed"):
+    with pytest.raises(JobError, match="--logical-date is empty: the command that should print the day failed"):
         parse_moment("")
 
 

@@ -106,13 +106,13 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("sampling.tiled=yes please", "sampling.tiled = 'yes please'"),
         ("sampling.input_image=https://h/a.png", "sampling.input_image is on the web: set prompts.allow_http to true"),
         ("sampling.input_image=s3://me:pass@h/a.png", "sampling.input_image holds a user name or password"),
-        ("model.uri=s3://me:pass@h/flux", "model.uri holds a user name or password, which would be written down"),
+        ("model.uri=s3://me:pass@h/flux", "model.uri holds a user name or password, which would be stored"),
         ("sampling.num_images_per_prompt=0", "sampling.num_images_per_prompt = 0"),
         ("sampling.seed=-1", "sampling.seed = -1"),
         (f"sampling.seed={2**64}", f"sampling.seed = {2**64}"),
         (
             "sampling.negative_prompt=5",
-            "sampling.negative_prompt = 5: must be a text; a number or a date is one in quotes",
+            "sampling.negative_prompt = 5: must be a text; quote a number or a date",
         ),
         (r'sampling.negative_prompt="\ud800"', "must be valid Unicode"),
         ("sampling=5", "sampling: must be a section"),
@@ -129,7 +129,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("prompts.uri=[a, 3]", "prompts.uri: must be a path or an address, or a list of them; quote numbers"),
         ("prompts.uri=[]", "prompts.uri: must name at least one file, folder or glob"),
         ("prompts.uri=[a, ' ']", "prompts.uri: must name at least one"),
-        ("prompts.uri=*.csv", "a text that begins with * or & stands in quotes"),
+        ("prompts.uri=*.csv", "quote a text that begins with * or &"),
         ("prompts.limit=0", "prompts.limit = 0"),
         ("prompts.columns={promt: x}", "'promt' is not a field of a prompt; did you mean 'prompt'?"),
         ("prompts.columns={guidance_scale: a, embedded_guidance: b}", "embedded_guidance is given twice"),
@@ -159,7 +159,7 @@ def test_a_job_needs_prompts_an_output_and_a_model() -> None:
         ("model.cuda_graphs=1", "model.cuda_graphs = 1: must be true or false"),
         (
             "model={uri: demo, cuda_graphs: true, step_cache: 0.1}",
-            "model.cuda_graphs = True: a step cache decides at each step what is launched, which no graph can; "
+            "model.cuda_graphs = True: a step cache decides at each step which kernels run, and a graph is fixed; "
             "leave it out, or set step_cache = 0.1 to 0",
         ),
         ("model.loras=[a]", "model.loras.0: must be a section with keys and values"),

@@ -152,7 +152,7 @@ def test_dates_are_those_of_the_run_wherever_a_text_asks_for_one() -> None:
 
 def test_a_date_is_asked_for_and_never_guessed() -> None:
     with pytest.raises(
-        JobError, match=r"job\.yaml: prompts\.uri\.1 asks for the date of the run: say .*--logical-date"
+        JobError, match=r"job\.yaml: prompts\.uri\.1 needs the date of the run: set it .*--logical-date"
     ):
         fill_in_dates({"prompts": {"uri": ["x", "s3://b/{date}/"]}}, None, "job.yaml")
     assert fill_in_dates({"prompts": {"uri": "{month}"}}, None, "job.yaml") == {"prompts": {"uri": "{month}"}}
@@ -161,12 +161,12 @@ def test_a_date_is_asked_for_and_never_guessed() -> None:
 @pytest.mark.parametrize(
     ("tree", "sentence"),
     [
-        ({"output": {"uri": "out/{dat}"}}, r"output\.uri: {dat} is no placeholder; did you mean '{date}'\?"),
-        ({"output": {"uri": "out/{ Day }"}}, r"output\.uri: { Day } is no placeholder; did you mean '{day}'\?"),
-        ({"name": "cats-{date_time}"}, r"name: {date_time} is no placeholder; did you mean '{datetime}'\?"),
+        ({"output": {"uri": "out/{dat}"}}, r"output\.uri: {dat} is not a placeholder; did you mean '{date}'\?"),
+        ({"output": {"uri": "out/{ Day }"}}, r"output\.uri: { Day } is not a placeholder; did you mean '{day}'\?"),
+        ({"name": "cats-{date_time}"}, r"name: {date_time} is not a placeholder; did you mean '{datetime}'\?"),
         (
             {"output": {"uri": "out/{run}"}},
-            r"output\.uri: {run} is no .*; there are {day}, {date}, {datetime}$",
+            r"output\.uri: {run} is not a placeholder; there are {day}, {date}, {datetime}$",
         ),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_second_signal_leaves_in_the_middle_of_a_shard(tmp_path: Path, drive: 
     driver.send(signal.SIGTERM)
     code, err = driver.end()
     assert code == 75
-    assert "SIGTERM after SIGTERM: leaving at once" in err
+    assert "SIGTERM after SIGTERM: exiting at once" in err
     assert len(commits(tmp_path / "out")) == NUM_BEFORE
 
 

@@ -86,7 +86,7 @@ def make_rows(count: int, kinds: list[dict[str, Any]]) -> list[tuple[dict[str, A
         for column in ("input_image", several, "image_prompt"):
             is_long = name == "wide" and column == "reference_image"
             value = data if column == "input_image" else [data, A] if column == "control_image" else [data]
-            rows.append((plain | {column: value}, "a side of a reference may have 8192" if is_long else reason))
+            rows.append((plain | {column: value}, "a side of a reference may have at most 8192" if is_long else reason))
     for name, mask in MASKS.items():
         rows.append(
             (

@@ -32,9 +32,9 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("answer", "error", "sentence"),
     [
-        (b"HTTP/1.0 400 Bad Request\r\n", JobError, "a server of HTTP, perhaps the dashboard, answers there"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", JobError, "another program answers there and no Ray cluster; start it, set"),
-        (b"", Interrupted, r"no Ray cluster answers there \(the connection is closed at once\)"),
+        (b"HTTP/1.0 400 Bad Request\r\n", JobError, "an HTTP server, perhaps the dashboard, answers there"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", JobError, "another program answers there, not a Ray cluster; start it, set"),
+        (b"", Interrupted, r"no Ray cluster answers there \(the connection was closed at once\)"),
         (b"\0\0\x18\4\0\0\0\0\0\0", None, ""),  # the settings of a server of gRPC
     ],
     ids=["the dashboard", "another program", "nothing behind a proxy", "a cluster"],

@@ -30,19 +30,22 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_the_address_of_a_job_server_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    with pytest.raises(JobError, match=r"^RAY_ADDRESS = http://head:8265 is a job server, .*, as in head:6379$"):
+    with pytest.raises(JobError, match=r"^RAY_ADDRESS = http://head:8265 is a job server, .*, e.g. head:6379$"):
         joins_cluster()
 
 
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("ray://127.0.0.1:10001", r"is a server of the Ray client, .* as in head:6379$"),
-        ("nonsense", r"is no address of a Ray cluster; set it to HOST:PORT of its head, as in head:6379, or to auto"),
-        ("head:port", "is no address of a Ray cluster"),
-        ("head:70000", "is no address of a Ray cluster"),
-        (":6379", "is no address of a Ray cluster"),
-        ("tcp://head:6379", "is no address of a Ray cluster"),
+        ("ray://127.0.0.1:10001", r"is a server of the Ray client, .* e.g. head:6379$"),
+        (
+            "nonsense",
+            r"is not the address of a Ray cluster; set it to HOST:PORT of its head, e.g. head:6379",
+        ),
+        ("head:port", "is not the address of a Ray cluster"),
+        ("head:70000", "is not the address of a Ray cluster"),
+        (":6379", "is not the address of a Ray cluster"),
+        ("tcp://head:6379", "is not the address of a Ray cluster"),
     ],
 )
 def test_an_address_that_no_cluster_has_is_one_sentence(

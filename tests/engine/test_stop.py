@@ -102,9 +102,9 @@ def test_a_second_signal_leaves_at_once() -> None:
         said = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-    assert "a second signal leaves at once" in said
+    assert "a second signal exits at once" in said
     assert process.returncode == 75
-    assert "SIGINT after SIGTERM: leaving at once" in err
+    assert "SIGINT after SIGTERM: exiting at once" in err
 
 
 def test_the_local_engine_stops_between_shards(tmp_path: Path) -> None:

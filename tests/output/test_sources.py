@@ -84,7 +84,7 @@ def test_pairs_are_written_verified_shown_exported_and_loaded(tmp_path: Path, la
 
     rows = metadata(config)
     assert [row["status"] for row in rows] == ["success", "success", "success", "failed", "success"]
-    assert "has 0 images before the edit, where output.sources = 1" in rows[3]["error_message"]
+    assert "has 0 source images, but output.sources = 1" in rows[3]["error_message"]
     sources = sources_of(out / "train")
     assert colours_of(sources) == [
         ((48, 32), (255, 0, 0)),

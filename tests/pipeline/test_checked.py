@@ -45,7 +45,7 @@ def test_a_pipeline_of_ones_own_makes_the_images_of_a_job(tmp_path: Path) -> Non
         ("Noise", {"grian": 1}, r"grian.*its options are grain \(model.pipeline_options\)"),
         ("Broken", {}, r"own_pipelines:Broken: cannot be opened: ValueError: no weights"),
         ("Silent", {}, r"declares no settings"),
-        ("Misspelt", {}, r"'num_inference_step' is no setting of a job.*num_inference_steps"),
+        ("Misspelt", {}, r"'num_inference_step' is not a setting of a job.*num_inference_steps"),
     ],
 )
 def test_one_that_cannot_be_opened_ends_the_job_in_a_sentence(

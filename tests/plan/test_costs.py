@@ -45,13 +45,13 @@ def test_what_will_not_pay_is_said(tmp_path: Path) -> None:
         "a batch of 4 fits on no card",
         "a shard takes 6.9 h",
         "40 of 64 workers have work",
-        "workers.max_gpu_hours = 1 ends the run before that",
+        "workers.max_gpu_hours = 1 stops the run before it is complete",
     ]
     assert "output.shard_size = 36 makes it an hour" in warnings[1]
 
 
 def test_the_hours_that_a_run_had_count_to_its_limit(tmp_path: Path) -> None:
-    config, sentence = job(tmp_path, max_gpu_hours=10), "workers.max_gpu_hours = 10 ends the run before that"
+    config, sentence = job(tmp_path, max_gpu_hours=10), "workers.max_gpu_hours = 10 stops the run before it is complete"
     begun = {"num_committed": 20, "past_hours": 9.0}
     assert sentence in costs(config, FIGURES, 3600, Speed(0.5, "given"), None, **begun)["warnings"]
     assert sentence not in costs(config, FIGURES, 1800, Speed(0.5, "given"), None, **begun)["warnings"]
@@ -83,7 +83,7 @@ def test_a_worker_that_is_larger_than_this_machine_is_said(tmp_path: Path, monke
         return [text for text in found if "this machine" in text]
 
     (text,) = said(0)
-    assert text.startswith("26.4 GB a worker, this machine has ")
+    assert text.startswith("a worker needs 26.4 GB, this machine has ")
     assert (said(1), said(0, is_here=False)) == ([], [])
     figures["memory"] = {"batch_size": 1, "fits_gb": [16], "least_bytes": 1}
     assert said(0) == []
@@ -140,7 +140,7 @@ def test_a_plan_sees_what_is_there(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/README.md").write_text("mine")
     assert main(["plan", file, "--set", f"output.uri={tmp_path}/elsewhere"]) == 2
-    assert "holds a README.md of somebody else's" in capsys.readouterr().out
+    assert "holds another README.md" in capsys.readouterr().out
     assert main(["plan", file, "--set", f"model.uri={tmp_path}/Demo"]) == 2
     assert "REFUSED   " in capsys.readouterr().out
 

@@ -76,7 +76,7 @@ def test_prompts_without_a_column_of_prompts_are_refused_with_those_there_are(tm
 def test_prompts_without_a_row_are_refused_with_what_will_do(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
 
-    with pytest.raises(JobError, match=f"{name}: no row of it can be read; a CSV file with the header `prompt`"):
+    with pytest.raises(JobError, match=f"{name}: no row of it can be read; use e.g. a CSV file with"):
         draft_job(name, PromptsConfig(uri=str(tmp_path / name)))
 
 
@@ -117,4 +117,4 @@ def test_init_writes_a_job_that_validates_and_never_over_another(
     assert page.read_text().count("not read by CLIP") == 2
     assert not (tmp_path / "out").exists()
     assert main(["init", path]) == 2
-    assert "job.yaml: is there already, and is not overwritten" in capsys.readouterr().err
+    assert "job.yaml: already exists, and is not overwritten" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_a_scorer_on_the_device_of_the_pipeline_is_counted(dev: Path, tmp_path: 
     for without in (bytes_with("clip", model=str(clip), device="cpu"), bytes_with("sharpness"), bytes_with("my:Judge")):
         assert without == memory(plain)
     missing = bytes_with("aesthetic", model=str(tmp_path / "gone"), head="head.pth")
-    assert "gone, by which quality.score judges, is not on this machine" in missing["error"]
+    assert "gone, the model of quality.score, is not on this machine" in missing["error"]
 
 
 def test_with_cuda_graphs_nobody_else_gets_what_denoising_takes(dev: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_choice_of_the_job_comes_first(dev: Path, tmp_path: Path) -> None:
 
 def test_what_no_card_has_is_said(dev: Path, tmp_path: Path) -> None:
     rows = memory_rows(memory(job(dev, tmp_path, batch_size=100, width=2048, height=2048)))
-    assert rows[0][1].endswith("more than a card has")
+    assert rows[0][1].endswith("fits no card")
     assert rows[1][1].startswith("in batches of 100: ")
 
 

@@ -395,13 +395,13 @@ def test_new_files_that_do_not_fit_into_the_run_are_refused(tmp_path: Path, monk
         "flux_batch.plan.plan.shard_name", lambda index, num_shards: f"{index:0{len(str(num_shards))}d}"
     )
     write_prompts(tmp_path / "b.parquet", 29, tag=["x"] * 29)
-    with pytest.raises(PlanMismatch, match="8 new shards make 10, and the names of the 2 that are there are too short"):
+    with pytest.raises(PlanMismatch, match="8 new shards make 10 in all, but the names of the 2 existing shards"):
         extended(plan, config, 4)
 
     write_prompts(tmp_path / "b.parquet", 5, tag=[None] * 5)
     assert extended(plan, config, 4).passthrough == plan.passthrough
     write_prompts(tmp_path / "b.parquet", 5, tag=[1] * 5)
-    with pytest.raises(PlanMismatch, match=r"have int64 in column 'tag', .* where the run has string"):
+    with pytest.raises(PlanMismatch, match=r"have type int64 in column 'tag' .*, but the run has string"):
         extended(plan, config, 4)
 
 

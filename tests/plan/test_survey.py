@@ -83,7 +83,7 @@ def test_only_the_first_rows_are_counted_and_a_missing_model_is_said(tmp_path: P
     text = "\n".join(text for _, text in survey_rows(found, 10))
     assert "all of the first 4 rows can be rendered" in text
     assert "1 of the first 4 rows repeats a prompt word for word" in text
-    assert "prompts that are cut were not counted: " in text
+    assert "truncated prompts were not counted: " in text
 
 
 def test_settings_that_differ_from_the_job_are_counted(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_beside_prompts_in_a_store() -> None:
 def test_what_is_no_name(data: Path, name: str) -> None:
     message = refusal(places(str(data / "set/sub/p.jsonl")), name)
 
-    assert "no path and no address" in message
+    assert "not a path or an address" in message
     assert len(message) < 200
 
 

@@ -77,7 +77,7 @@ def test_a_row_names_another_by_its_address(name: str, file: str, uri: str) -> N
         ("s3://bucket/x::file:///etc/x.safetensors", "only model.loras"),
         (7, "column 'lora' holds int"),
         ("x" * 5000, "5000 characters"),
-        ("a\0.safetensors", "no path and no address"),
+        ("a\0.safetensors", "not a path or an address"),
     ],
 )
 def test_what_a_row_may_not_name(name: object, words: str) -> None:

@@ -77,14 +77,14 @@ def test_names_say_it_where_no_card_does(query: str, names: list[str], expected:
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("", "has the configurations large, small, notes; choose one, as hf://datasets/o/n?config=large"),
+        ("", "has the configurations large, small, notes; choose one, e.g. hf://datasets/o/n?config=large"),
         (
             "?config=large",
-            "has the splits train, test; choose one, as hf://datasets/o/n?config=large&split=train",
+            "has the splits train, test; choose one, e.g. hf://datasets/o/n?config=large&split=train",
         ),
         ("?config=smal", "has no configuration 'smal'; did you mean 'small'?"),
         ("?config=large&split=dev", "has no split 'dev'; there are train, test"),
-        ("?name=large", "'name' is not known behind the question mark"),
+        ("?name=large", "'name' is not known after the question mark"),
     ],
 )
 def test_what_cannot_be_chosen_says_what_can(query: str, words: str) -> None:

@@ -284,13 +284,13 @@ def test_what_is_wrong_with_a_file_names_it(tmp_path: Path, monkeypatch: pytest.
     for path, reason in {
         tmp_path / "none.png": f"there is no file {tmp_path}/none.png",
         tmp_path / "text" / "a.png": "Not a directory",
-        tmp_path: "is no file",
-        tmp_path / "pipe": "is no file",
+        tmp_path: "is not a file",
+        tmp_path / "pipe": "is not a file",
         tmp_path / "loop": "cannot be read",
         tmp_path / ("x" * 300): "cannot be read",
         tmp_path / "text": "not an image",
         tmp_path / "large": "more than the 1000 bytes allowed",
-        Path("/dev/zero"): "is no file",
+        Path("/dev/zero"): "is not a file",
     }.items():
         with pytest.raises(RowError, match=reason) as caught:
             load(path)

@@ -122,18 +122,18 @@ def test_every_file_that_is_left_out_is_said_with_the_reason(tmp_path: Path) -> 
 
     assert [file.name for file in listing.files] == ["a.jsonl", "license_plates.csv", "requirement.txt"]
     assert skipped_notes(listing.skipped) == [
-        "1 file left out, .md is not read: save it as text, a prompt a line (.txt): c.md",
+        "1 file left out, .md is not read: save it as text, one prompt per line (.txt): c.md",
         "1 file left out, .xlsx is not read: save the sheet as CSV: b.xlsx",
-        "4 files left out, named as documents are, and not as prompts: LICENSE.txt, dataset_info.json, "
+        "4 files left out, named like a document, not like prompts: LICENSE.txt, dataset_info.json, "
         "readme-first.txt, ...",
-        "2 files left out, of no format that is read: LICENSE, d.png",
+        "2 files left out, of a format that is not read: LICENSE, d.png",
     ]
 
 
 def test_a_folder_without_prompts_says_what_it_has_instead(tmp_path: Path) -> None:
     fill(tmp_path, "p.xlsx")
 
-    with pytest.raises(SourceError, match=r"no prompts found; expected files ending in \.parquet.*\.xlsx is not read"):
+    with pytest.raises(SourceError, match=r"no prompts found; expected files with suffix \.parquet.*\.xlsx is not"):
         list_prompts([str(tmp_path)], {})
 
 
@@ -166,7 +166,7 @@ def test_notes_reach_the_plan(tmp_path: Path) -> None:
         ("Prompt,id", r"no column 'prompt'; name yours in prompts\.columns\.prompt; did you mean 'Prompt'\?"),
         ("id,caption", r"no column 'prompt'; name yours in prompts\.columns\.prompt; did you mean 'caption'\?"),
         ("words,id", r"no column 'prompt'; name yours in prompts\.columns\.prompt; it has words, id"),
-        ("prompt,seed,seed", r"column 'seed' stands twice in the header"),
+        ("prompt,seed,seed", r"column 'seed' is twice in the header"),
     ],
 )
 def test_a_header_that_cannot_be_used_is_refused_with_what_is_there(tmp_path: Path, header: str, words: str) -> None:
@@ -191,9 +191,9 @@ def test_folders_that_a_glob_enters_do_not_count_as_files_that_are_left_out(tmp_
 
     every = list_prompts([f"{tmp_path}/**"], {})
     assert [file.name for file in every.files] == ["p.csv", "sub/below/r.csv", "sub/q.csv"]
-    assert dict(every.skipped) == {"of no format that is read": ["notes.xyz"]}
+    assert dict(every.skipped) == {"of a format that is not read": ["notes.xyz"]}
     # Others have not been looked into, which is worth a word.
-    assert list_prompts([f"{tmp_path}/*"], {}).skipped == {"of no format that is read": ["notes.xyz", "sub"]}
+    assert list_prompts([f"{tmp_path}/*"], {}).skipped == {"of a format that is not read": ["notes.xyz", "sub"]}
 
 
 def test_partitions_are_columns(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_any_field_of_a_row_may_have_a_template(tmp_path: Path) -> None:
     assert "width = 130" in heron.error_message
     for wrong, words in (
         ({"widht": "1"}, "'widht' is not a field of a prompt"),
-        ({"width": "1"}, "copied from column 'width' by samplers or passthrough"),
+        ({"width": "1"}, "column 'width' of width already comes from samplers or passthrough"),
     ):
         with pytest.raises(ValidationError, match=words):
             PromptsConfig(rows=1, template={"prompt": "a", **wrong}, samplers={"width": [64]})
@@ -253,8 +253,8 @@ def test_the_version_of_a_recipe_does_not_tell_which_file_was_read_first(
     ("samplers", "words"),
     [
         ({"a": []}, "prompts.samplers.a: must have at least one value"),
-        ({"a": [True, "x"]}, "True is neither a text nor a number; YAML reads yes and no so: quote them"),
-        ({"a": {"choose": [1]}}, "prompts.samplers.a: 'choose' is no kind of sampler"),
+        ({"a": [True, "x"]}, "True is neither a text nor a number; quote yes, no and the like in YAML"),
+        ({"a": {"choose": [1]}}, "prompts.samplers.a: 'choose' is not a kind of sampler"),
         ({"a": {"choice": {"x": -1}}}, "weights must be numbers of at least 0, and not all 0"),
         ({"a": {"choice": {"x": 0}}}, "weights must be numbers of at least 0, and not all 0"),
         ({"a": {"uniform": [2, 1]}}, "uniform must be [low, high], and 1 is too small"),
@@ -264,7 +264,10 @@ def test_the_version_of_a_recipe_does_not_tell_which_file_was_read_first(
         ({"a": [2**64]}, "prompts.samplers.a: a whole number is too large"),
         ({"a": [2**60, 0.5]}, "prompts.samplers.a: a whole number is too large"),
         ({"a": {"by": "b", date(2026, 1, 1): [1]}, "b": ["x"]}, "is neither a text nor a number: quote it"),
-        ({"a": ["half \ud83d"]}, "prompts.samplers.a: 'half \\ud83d' is not valid Unicode: it holds half a character"),
+        (
+            {"a": ["half \ud83d"]},
+            "prompts.samplers.a: 'half \\ud83d' is not valid Unicode: it holds half",
+        ),
         ({"a": "x"}, "must be a list of values, or one of choice, uniform"),
         ({"a": {"by": "b", "x": [1]}, "b": {"by": "a", "1": ["x"]}}, "depend on each other in a circle"),
         ({"a": {"by": "c", "x": [1]}}, "by: 'c' is neither a sampler nor a column"),

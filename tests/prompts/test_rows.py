@@ -54,7 +54,8 @@ def test_columns_may_have_the_names_of_diffusers(column: str, field: str) -> Non
 def test_two_spellings_of_one_setting_agree_or_cost_their_row() -> None:
     both = {"embedded_guidance": 2, "guidance_scale": 3}
     assert refusal(both) == (
-        "p.csv:7: columns embedded_guidance and guidance_scale: one setting with two values; leave one of them empty"
+        "p.csv:7: columns embedded_guidance and guidance_scale: two different values of one setting; "
+        "leave one of them empty"
     )
     for agreeing in ({"guidance_scale": None}, {"guidance_scale": "2.0"}, {"embedded_guidance": None}):
         assert request(both | {"guidance_scale": 2} | agreeing).sampling.embedded_guidance == 2
@@ -109,7 +110,7 @@ def test_large_seeds_are_exact() -> None:
         ({"seed": -1}, "seed = -1"),
         ({"seed": 2**64}, f"seed = {2**64}: must be a whole number from 0 to {2**64 - 1}"),
         ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, f"must be a whole number from 0 to {2**64 - 2}"),
-        ({"seed": 2.0**53}, "seed = 9007199254740992.0: is a float, and no longer exact from 2^53 on"),
+        ({"seed": 2.0**53}, "seed = 9007199254740992.0: is a float, which is not exact from 2^53 on"),
         ({"seed": "1.5"}, "seed = '1.5': must be a whole number"),
         ({"seed": Decimal("1e1000000")}, "must be a whole number"),
         ({"seed": "inf"}, "seed = 'inf': must be a finite number"),
@@ -127,7 +128,7 @@ def test_large_seeds_are_exact() -> None:
         ({"prompt": " \n"}, "column 'prompt' is empty"),
         ({"prompt": "a\0 \0c"}, "column 'prompt' holds the character NUL"),
         ({"prompt": 5}, "column 'prompt' holds int: a prompt must be text"),
-        ({"prompt": "half \ud83d"}, "column 'prompt' is not valid Unicode: it holds half a character"),
+        ({"prompt": "half \ud83d"}, "column 'prompt' is not valid Unicode: it holds half of a surrogate pair"),
         ({"id": "\udcff"}, "column 'id' is not valid Unicode"),
         ({"tag": [{"deep": "\ud83d"}]}, "column 'tag' is not valid Unicode"),
     ],

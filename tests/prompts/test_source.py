@@ -337,7 +337,7 @@ def test_a_missing_file_or_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty" / "notes.md").write_text("")
 
     assert "no such prompts file or folder" in plan_error(str(tmp_path / "missing.parquet"))
-    assert "no prompts found; expected files ending in .parquet, .jsonl" in plan_error(str(tmp_path / "empty"))
+    assert "no prompts found; expected files with suffix .parquet, .jsonl" in plan_error(str(tmp_path / "empty"))
     assert "no prompts found" in plan_error(str(tmp_path / "*.csv"))
 
 
@@ -368,8 +368,8 @@ def test_a_data_set_without_a_prompt_column_says_how_to_name_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("p.jsonl", '{"prompt": "a"\n', "no row of it can be read; the first one is not valid JSON: "),
-        ("p.json", "[1, 2]", "no row of it can be read; the first one is neither a JSON object nor a text"),
+        ("p.jsonl", '{"prompt": "a"\n', "no row of it can be read; the first one: not valid JSON: "),
+        ("p.json", "[1, 2]", "no row of it can be read; the first one: neither a JSON object nor a text"),
         ("p.json", "[{}]", "no column 'prompt'; name yours in prompts.columns.prompt; it has none"),
     ],
 )

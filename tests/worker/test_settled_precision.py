@@ -68,7 +68,7 @@ def test_the_first_worker_settles_the_dtype_of_all_others(store: Store, caplog: 
         other, model = load_settled(store, AUTO, machine("bfloat16"))
     assert other.precision == {"dtype": "float32", "quantization": "bfloat16"}
     assert model.dtype == "float32"
-    assert "computes in float32, quantization bfloat16, as the run began" in caplog.text
+    assert "computes in float32, quantization bfloat16, like the first worker of the run" in caplog.text
     assert "computes natively in bfloat16" in caplog.text
 
 
@@ -141,7 +141,7 @@ def test_a_worker_with_other_kernels_says_so(store: Store, dtype: str, caplog: p
     load_settled(store, model, machine("float32", **hopper, attention="flash3"))
     assert (
         "this worker computes on cuda NVIDIA H200, attention flash3, compiled, torch 2.13.0+cu130, CUDA 13.0, cuDNN "
-        "92000; the run began on cuda NVIDIA H200, attention cudnn, compiled, " in caplog.text
+        "92000, the first worker of the run on cuda NVIDIA H200, attention cudnn, compiled, " in caplog.text
     )
     store.write(PRECISION, b'{"dtype": "float32", "quantization": "none"}')  # as older versions did
     caplog.clear()
@@ -175,7 +175,7 @@ def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, ca
     config = begun(tmp_path, "float32")
     with caplog.at_level(logging.WARNING):
         report = run(config, engine=LocalEngine(), make_pipeline=machine("bfloat16"))
-    assert "computes in float32, as the run began; its device computes natively in bfloat16" in caplog.text
+    assert "computes in float32, like the first worker of the run; its device computes natively" in caplog.text
     assert report.model["dtype"] == "float32"
     assert json.loads(report.to_json())["kernels"] == asdict(FakePipeline.kernels)
     status = format_status(read_status(Store(config.output.uri)))

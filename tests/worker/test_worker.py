@@ -315,7 +315,7 @@ def test_a_worker_whose_node_has_another_disk_makes_nothing(tmp_path: Path) -> N
         raise AssertionError("the model is loaded")
 
     factory = WorkerFactory(config, 1, pa.schema([]), make_pipeline)
-    with pytest.raises(NotFound, match="where a worker starts; as output"):
+    with pytest.raises(NotFound, match="where a worker starts; set output"):
         factory.open()
 
 

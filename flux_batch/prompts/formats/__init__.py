@@ -1,1 +1,1 @@
-"""Formats of prompts, a file each behind one protocol: columns, ranges of rows, the rows of a range."""
+"""The formats of prompts files, one module each, behind one protocol: columns, row ranges, rows."""

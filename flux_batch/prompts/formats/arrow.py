@@ -1,4 +1,4 @@
-"""Arrow: its own files, Feather and the streams of Hugging Face data sets, and its batches as rows of Python values."""
+"""Arrow files, Feather and the streams of Hugging Face data sets; batches as rows of Python values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flux_batch.prompts.formats.file import PromptBytes, is_damage
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 from flux_batch.storage.passthrough import is_known_zone, value_of, values_of
 
-# Bits of an offset that count rows within a record batch; the rest is the place of the batch.
+# The low bits of an offset are a row number within a record batch; the high bits are the place of the batch.
 _ROW_BITS = 24
 ARROW_MAGIC, STREAM_MAGIC = b"ARROW1", b"\xff\xff\xff\xff"
 
@@ -36,7 +36,7 @@ class ArrowTable:
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter.
 
-        The offset of a range has the place of the record batch in which it begins, and the rows of it before.
+        The offset of a range encodes the place of the record batch in which it begins, and its first row in that batch.
         """
         firsts: list[int] = []
         places: list[int] = []
@@ -53,7 +53,7 @@ class ArrowTable:
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
         """Yield the rows of a range one by one."""
-        # Old plans have no offset, and neither has the start of a file.
+        # The offset is 0 in old plans and at the start of a file.
         place, num_before = divmod(rows.offset, 1 << _ROW_BITS) if rows.offset else (0, rows.start)
         left = rows.num_rows
         for _, batch in self._batches(place):
@@ -67,19 +67,19 @@ class ArrowTable:
                 return
 
     def each_of(self, rows: RowRange) -> list[RowRange]:
-        """Return every row of a range by itself, with its place; without one it is found by its number."""
+        """Return a range for each row of a range; offset 0 means a search by its number."""
         room = (1 << _ROW_BITS) - rows.offset % (1 << _ROW_BITS)
         offsets = (rows.offset + number if rows.offset and number < room else 0 for number in range(rows.num_rows))
         return [RowRange(rows.start + number, 1, offset) for number, offset in enumerate(offsets)]
 
     def _batches(self, place: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield the record batches from one on, with the place of each: its number, or its byte in a stream."""
+        """Yield the record batches from `place` on, each with its place: its number, or its byte in a stream."""
         if not self._file.head:
             return
         with self._reader() as (file, reader):
             found = _of_stream(file, reader, place) if self._is_stream else _of_file(reader, place)
             for at, batch in found:
-                batch.validate(full=True)  # the offsets of a damaged file lead out of its memory
+                batch.validate(full=True)  # the offsets of a damaged file could point outside its memory
                 yield at, batch
 
     @property
@@ -102,7 +102,10 @@ def _of_file(reader: pa.RecordBatchFileReader, first: int) -> Iterator[tuple[int
 
 
 def _of_stream(file: BinaryIO, reader: pa.RecordBatchStreamReader, begin: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield the batches of a stream from a byte on; one with dictionaries, which come once, is read from its start."""
+    """Yield the batches of a stream from byte `begin` on, each with its byte.
+
+    With dictionaries, which are sent only once, the byte is -1: such a stream must be read from its start.
+    """
     has_dictionaries = "dictionary<" in str(reader.schema.types)
     if begin:
         file.seek(begin)
@@ -117,7 +120,7 @@ def _of_stream(file: BinaryIO, reader: pa.RecordBatchStreamReader, begin: int) -
 def python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
     """Return the rows of a batch.
 
-    A time that Python's own types cannot hold, of nanoseconds or of the year 10000, stays an Arrow scalar.
+    A time that Python's types cannot hold, in nanoseconds or after the year 9999, stays an Arrow scalar.
     """
     columns = [_values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
     if not columns:
@@ -130,7 +133,7 @@ def python_rows(batch: pa.RecordBatch) -> list[Row | BadRow]:
 
 
 def _values(name: str, column: pa.Array) -> list[Any]:
-    """Return the values of a column; a BadRow for one that cannot be read."""
+    """Return the values of a column, with a BadRow for each unreadable one."""
     if _is_of_unknown_zone(column.type):
         column = column.cast(pa.timestamp(column.type.unit, "UTC"))
     try:

@@ -1,4 +1,4 @@
-"""Comma-separated values with a header, or separated by semicolons or tabs; quoted fields may have line breaks."""
+"""CSV with a header, separated by commas, semicolons or tabs; quoted fields may contain line breaks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from flux_batch.prompts.formats.lines import (
 )
 from flux_batch.prompts.formats.table import BadRow, Row
 
-# Characters of one field; the csv module stops at 131,072, which notes and base64 exceed.
+# The most characters of a field. The csv module's default of 131,072 is too low for long texts and base64.
 _MAX_FIELD = 1 << 24
-# What separates the columns of a header, the first that does: spreadsheets of Europe write semicolons.
+# The first of these that splits the header separates the columns; spreadsheets in Europe write semicolons.
 _DELIMITERS = (",", ";", "\t")
 
 
 class CsvTable(LineTable):
-    """A file of comma-separated values; its first line names the columns, blank lines do not count."""
+    """A file of comma-separated values; its first line names the columns, blank lines are skipped."""
 
     def schema(self) -> pa.Schema:
-        """Return the columns that the header names; none of a file without a byte."""
+        """Return the columns in the header; none for an empty file."""
         with self.file.open_text() as text:
             return header_schema(self._header(text).names)
 
@@ -48,13 +48,13 @@ class CsvTable(LineTable):
         return ((at, row) for at, _, row in self._records(text, self._header(text), offset))
 
     def _records(self, text: BinaryIO, header: _Header, offset: int) -> Iterator[tuple[int, int, Row | BadRow]]:
-        """Yield the byte of each record, the lines from `offset` to it, and its fields."""
+        """Yield the byte of each record, the lines between `offset` and it, and its fields."""
         if not header.names:
             return
-        csv.field_size_limit(_MAX_FIELD)  # the only place there is for it, and for the whole process
+        csv.field_size_limit(_MAX_FIELD)  # the csv module has only this setting for the whole process
         begin = offset or header.end
         source = _Lines(lines(text, begin, header.end))
-        first_line = cache(lambda: self._num_lines(begin) + 1)  # counted once a message names a line
+        first_line = cache(lambda: self._num_lines(begin) + 1)  # counted only if a message needs it
         while source.begin():
             number = source.num_read
             try:
@@ -92,7 +92,7 @@ class CsvTable(LineTable):
 
 
 class _Header(NamedTuple):
-    """The first record: its names, what separates them, the byte after it and its lines."""
+    """The first record: its names, their delimiter, the byte after it and the number of lines up to it."""
 
     names: list[str]
     delimiter: str
@@ -102,7 +102,7 @@ class _Header(NamedTuple):
 
 
 def _parsed(source: _Lines, values: list[str], header: _Header, first_line: Callable[[], int]) -> Row | BadRow:
-    """Return a record's fields by column; a bad row for bytes that are no text, or a quote that is not closed."""
+    """Return a record's fields by column; a bad row for invalid UTF-8 or an unclosed quote."""
     if any("\ufffd" in value for value in values):
         try:
             b"".join(line for _, line in source.taken).decode("utf-8")
@@ -120,7 +120,10 @@ def _parsed(source: _Lines, values: list[str], header: _Header, first_line: Call
 
 
 def _unclosed(source: _Lines, header: _Header, first_line: Callable[[], int]) -> BadRow | None:
-    """Return the bad row of an unclosed quote, and put back lines that are rows; the last may open the next quote."""
+    """Return the bad row of an unclosed quote; put back lines that are whole rows.
+
+    The last of several lines is not checked, since it may open the next quote.
+    """
     (_, first), *others = source.taken
     if not others:
         return None
@@ -130,7 +133,7 @@ def _unclosed(source: _Lines, header: _Header, first_line: Callable[[], int]) ->
         source.put_back(others)
         shown = first.decode("utf-8", "replace").strip()[:80]
         return BadRow(f"a quote is opened and not closed: {shown}")
-    return BadRow(f"lines {number} to {last}: a quote is opened on line {number}, and takes in the lines after it")
+    return BadRow(f"lines {number} to {last}: a quote is opened on line {number}, and includes the lines after it")
 
 
 def _is_row(line: bytes, header: _Header) -> bool:
@@ -142,7 +145,7 @@ def _is_row(line: bytes, header: _Header) -> bool:
 
 
 class _Lines:
-    """An iterator of lines for the csv module. It knows its record and takes lines back."""
+    """An iterator of lines for the csv module; it keeps the lines of a record and takes lines back."""
 
     def __init__(self, source: Iterator[tuple[int, bytes]]) -> None:
         self._source = source
@@ -151,7 +154,7 @@ class _Lines:
         self.num_read = 0
 
     def begin(self) -> bool:
-        """Begin a record. Returns: whether there is one."""
+        """Begin a record. Returns: False at the end of the file."""
         self.taken = []
         line = self._next()
         if line is not None:
@@ -170,7 +173,7 @@ class _Lines:
         return at + len(line)
 
     def put_back(self, taken: list[tuple[int, bytes]]) -> None:
-        """Take lines back, to be read again."""
+        """Take lines back, so that they are read again."""
         self._back.extendleft(reversed(taken))
         self.num_read -= len(taken)
 
@@ -183,7 +186,7 @@ class _Lines:
             raise StopIteration
         self.taken.append(line)
         self.num_read += 1
-        # An invalid byte becomes a replacement character here, and its row a bad one.
+        # An invalid byte becomes a replacement character here, and `_parsed` then returns a bad row.
         text = line[1].decode("utf-8", errors="replace")
         return text.removeprefix("\ufeff") if len(self.taken) == 1 else text
 

@@ -1,6 +1,6 @@
-"""The bytes of a prompts file: as they are stored, or as UTF-8 text, decompressed and decoded.
+"""The bytes of a prompts file: as stored, or decompressed and decoded to UTF-8 text.
 
-Knows compressions and encodings by the first bytes; does not know rows.
+This module recognises compressions and encodings by the first bytes, and does not know rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flux_batch.storage.errors import status, translated
 from flux_batch.storage.filesystem import open_filesystem
 
 _BUFFER_BYTES = 1 << 20
-# Enough to recognise a format by, and the whole of most files with one prompt.
+# Enough to recognise a format, and to hold all of most files with one prompt.
 _HEAD_BYTES = 4096
 _COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
@@ -32,7 +32,7 @@ _COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),
 }
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
+# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -43,7 +43,7 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True)
 class PromptBytes:
-    """A file of prompts; `head` are its first bytes, or all of them if it `is_whole`."""
+    """A prompts file; `head` has its first bytes, or all of them if `is_whole`."""
 
     uri: str
     storage_options: Mapping[str, Any]
@@ -58,23 +58,23 @@ class PromptBytes:
             try:
                 head = bytes(fs.cat_file(path, start=0, end=_HEAD_BYTES))
             except (OSError, ValueError) as error:
-                if status(error) != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there is not a single byte
+                if status(error) != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the file is empty
                     raise
                 head = b""
         return cls(uri, storage_options, head, len(head) != _HEAD_BYTES)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open the bytes as they are stored, to read and seek in."""
+        """Open the stored bytes, to read and seek in."""
         if self.is_whole:
             yield io.BytesIO(self.head)
             return
         fs, path = open_filesystem(self.uri, self.storage_options)
         with translated(self.uri, "read"), fs.open(path, "rb") as file:
             if file.seekable():
-                # Without a buffer, s3fs copies a whole block of megabytes for every line.
+                # Without a buffer, s3fs would copy a block of megabytes for every line.
                 yield io.BufferedReader(file, _BUFFER_BYTES)
-            else:  # a web server that does not say how long its answer is
+            else:  # a web server that does not send the length
                 yield io.BytesIO(fs.cat_file(path))
 
     @contextmanager
@@ -85,7 +85,7 @@ class PromptBytes:
 
     @contextmanager
     def open_decompressed(self) -> Iterator[BinaryIO]:
-        """Open the bytes without their compression, if they have one. Raises: SourceError for damage."""
+        """Open the decompressed bytes; an uncompressed file is unchanged. Raises: SourceError for damage."""
         with self.open() as stored:
             opener = next((opener for magic, opener in _COMPRESSIONS.items() if self.head.startswith(magic)), None)
             if opener is None:
@@ -100,12 +100,12 @@ class PromptBytes:
 
 
 def is_damage(error: OSError) -> bool:
-    """Return whether an error is a decoder's. Those of the file system have a number."""
+    """Return whether an error comes from a decoder; errors of the file system have an errno."""
     return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
 
 
 def skip_to(file: BinaryIO, offset: int, at: int = 0) -> None:
-    """Move a file forward from byte `at` to another, by reading if need be."""
+    """Move a file from byte `at` to a later one; read if it cannot seek."""
     if file.seekable():
         file.seek(offset)
         return
@@ -114,9 +114,9 @@ def skip_to(file: BinaryIO, offset: int, at: int = 0) -> None:
 
 
 def _as_utf8(file: Any) -> BinaryIO:
-    """Return a decoded view of a buffered file, by its byte order mark or NULs.
+    """Return a buffered file as UTF-8; its encoding is told by a byte order mark or by NULs.
 
-    The line ends of old Macs become line feeds.
+    Carriage returns as line ends (old Mac OS) become line feeds.
     """
     head = file.peek(_BUFFER_BYTES) if isinstance(file, io.BufferedReader) else file.getvalue()[:_BUFFER_BYTES]
     if encoding := _wide_encoding(head):
@@ -128,7 +128,10 @@ def _as_utf8(file: Any) -> BinaryIO:
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """Return which of UTF-16 and UTF-32 a text is in; without a mark, by the NULs of its first two characters."""
+    """Return the UTF-16 or UTF-32 encoding of a text, None for others.
+
+    Without a byte order mark, the NULs in the first two characters tell it.
+    """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
@@ -145,7 +148,7 @@ def _wide_encoding(head: bytes) -> str | None:
 
 
 class _Decoded(io.RawIOBase):
-    """A file of another encoding as UTF-8; what is no character becomes bytes that are no UTF-8, and fail their row."""
+    """A file in another encoding as UTF-8; invalid characters become invalid UTF-8, and so fail their row."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._file = file
@@ -163,7 +166,7 @@ class _Decoded(io.RawIOBase):
             try:
                 text = self._decode(data, final=self._is_at_end)
             except UnicodeDecodeError:
-                text = "\udcff"  # the last character is cut in two
+                text = "\udcff"  # the last character is truncated
             self._left = text.encode("utf-8", "surrogatepass")
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
@@ -171,7 +174,7 @@ class _Decoded(io.RawIOBase):
 
 
 class _LineFeeds(io.RawIOBase):
-    """A file with line feeds for its carriage returns: byte for byte, so that offsets stay what they are."""
+    """A file whose carriage returns are replaced by line feeds, without changing offsets."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

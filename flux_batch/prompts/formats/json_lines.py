@@ -1,4 +1,4 @@
-"""JSON Lines, also called NDJSON: one JSON object a line."""
+"""JSON Lines, also called NDJSON: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_batch.prompts.formats.table import BadRow, Row, check_whole_characters
 
 
 class JsonLinesTable(LineTable):
-    """A file with one JSON object a line; blank lines do not count."""
+    """A file with one JSON object per line; blank lines are skipped."""
 
     def schema(self, num_rows: int | None = None) -> pa.Schema:
         """Return the columns of the first `num_rows` rows, or of the whole file; mixed types become JSON text."""
@@ -60,4 +60,4 @@ def _arrow_type(kinds: set[type]) -> pa.DataType:
         return pa.int64()
     if kinds and kinds <= {int, float}:
         return pa.float64()
-    return pa.string() if kinds else pa.null()  # another file may have values
+    return pa.string() if kinds else pa.null()  # null, since another file may have values of any type

@@ -1,4 +1,4 @@
-"""One JSON value a file: an array of objects or of texts, or an object of columns."""
+"""A JSON file with one value: an array of objects or texts, or an object of columns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flux_batch.prompts.formats.file import PromptBytes
 from flux_batch.prompts.formats.json_lines import schema_of_rows
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, check_whole_characters, ranges_of
 
-# Names that tell a table of prompts from those that lie beside it in one file.
+# Column names that distinguish a table of prompts from other tables in the same file.
 _CAPTIONS = ("prompt", "caption", "text")
-# Such a file is read whole by every worker.
+# A limit, since every worker reads the whole file.
 _MAX_BYTES = 1 << 28
 
 
 class JsonTable:
-    """A JSON file, read as a whole, once."""
+    """A JSON file, which is read once as a whole."""
 
     def __init__(self, file: PromptBytes) -> None:
         self._file = file
@@ -69,7 +69,7 @@ class JsonTable:
 
 
 def _items(value: Any) -> list[Any] | None:
-    """Return the rows of a JSON value, whatever they are; None if it is no table."""
+    """Return the rows of a JSON value, of any type; None if it is not a table."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict) or not value:
@@ -81,7 +81,7 @@ def _items(value: Any) -> list[Any] | None:
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if len(tables) > 1:  # COCO has its captions beside images and licences
         tables = [table for table in tables if any(isinstance(table[0].get(name), str) for name in _CAPTIONS)]
-    if len(tables) == 1:  # an array of objects beside what is said about them
+    if len(tables) == 1:  # an array of objects beside information about it
         return tables[0]
     if all(isinstance(column, dict) for column in columns) and len({tuple(column) for column in columns}) == 1:
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]  # as pandas writes it

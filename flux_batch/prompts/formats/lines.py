@@ -1,4 +1,4 @@
-"""Text formats: planning streams a file once and notes the byte where each range of rows begins."""
+"""The base of text formats: planning streams a file once, and records the byte where each range begins."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class LineTable:
                 yield row
 
     def each_of(self, rows: RowRange) -> list[RowRange]:
-        """Return every row of a range by itself, with its byte and its line."""
+        """Return a range for each row of a range, with its byte and its line."""
         with self.file.open_text() as text:
             starts = islice(self.starts(text, rows.offset, rows.line), rows.num_rows)
             is_known = rows.line > 0 or rows.offset == 0
             return list(ranges_from(((at, line if is_known else 0) for at, line in starts), 1, rows.start))
 
     def starts(self, text: BinaryIO, offset: int = 0, line: int = 1) -> Iterator[tuple[int, int]]:
-        """Yield the byte and the line where each record begins; `line` is that of `offset`, and 1 at the start."""
+        """Yield the byte and the line where each record begins; `line` is the line at `offset`."""
         found = enumerate(lines(text, offset), start=line if offset else 1)
         return ((at, number) for number, (at, content) in found if content.strip())
 
     def records(self, text: BinaryIO, offset: int = 0) -> Iterator[tuple[int, Row | BadRow]]:
-        """Yield the byte offset and the row of each record from `offset` on (0: from the first record)."""
+        """Yield the byte offset and the row of each record from `offset` on; 0 starts at the first record."""
         raise NotImplementedError
 
 
 def lines(text: BinaryIO, offset: int, at: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Yield the first byte of each line from `offset` on, and the whole line; the text is at byte `at`."""
+    """Yield the offset and the content of each line from `offset` on; `at` is the file's present position."""
     skip_to(text, offset, at)
     for line in text:
         yield offset, line
@@ -55,32 +55,35 @@ def lines(text: BinaryIO, offset: int, at: int = 0) -> Iterator[tuple[int, bytes
 
 
 def decoded(line: bytes) -> str:
-    """Return a line as text, without the byte order mark that joined files leave. Raises: UnicodeDecodeError."""
+    """Return a line as text, without a byte order mark, which concatenated files leave inside.
+
+    Raises: UnicodeDecodeError.
+    """
     return line.decode("utf-8-sig")
 
 
 def not_utf8(error: UnicodeDecodeError) -> BadRow:
-    """Return the row for bytes that are no text."""
-    return BadRow(f"not UTF-8: byte {error.object[error.start]:#04x} is no character; save the file as UTF-8")
+    """Return the bad row for bytes that are not UTF-8."""
+    return BadRow(f"not UTF-8: byte {error.object[error.start]:#04x} is not a character; save the file as UTF-8")
 
 
 def header_names(values: Sequence[str]) -> list[str]:
-    """Return the names of a header's columns; spaces around them and empty names, as of trailing commas, are none."""
+    """Return the stripped names of a header's columns; a trailing comma gives an empty name."""
     return [value.strip() for value in values]
 
 
 def header_schema(names: Sequence[str]) -> pa.Schema:
-    """Return the columns of a header, each of text."""
+    """Return the named columns of a header as text columns."""
     return pa.schema([(name, pa.string()) for name in names if name])
 
 
 def fitted(values: Sequence[str], names: Sequence[str]) -> Row | BadRow:
-    """Return the fields of a record by column; fields without a column must be empty, and may be missing."""
+    """Return the fields of a record by column; fields without a column name must be empty or missing."""
     named = len(names)
     while named and not names[named - 1]:
         named -= 1
     if len(values) < named or any(value.strip() for value in values[len(names) :]):
         return BadRow(f"{len(values)} fields where the header has {len(names)}")
     if named > 1 and [value.strip() for value in values[:named]] == list(names[:named]):
-        return BadRow("the header stands here once more: files were joined")
+        return BadRow("this is the header again, as in concatenated files")
     return {name: value or None for name, value in zip(names, values, strict=False) if name}

@@ -1,4 +1,4 @@
-"""Opening a prompts file: its format, by what it holds before by what it is called."""
+"""Opening a prompts file: its format is told by its contents first, then by its name."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ TABLE_FORMATS: Mapping[str, Callable[[PromptBytes], Table]] = {
     "tar": TarTable,
 }
 _COMPRESSIONS = ("gz", "zst", "bz2", "xz")
-# Formats that are not read, and the way to one that is.
+# Formats that are not read, with the way to convert them.
 _OFFICE = "save the sheet as CSV"
 INSTEAD = {
     **dict.fromkeys(("xlsx", "xls", "xlsm", "ods", "numbers"), _OFFICE),
     **dict.fromkeys(("sqlite", "sqlite3", "db", "duckdb"), "export the table as CSV or Parquet"),
     **dict.fromkeys(("orc", "avro", "h5", "hdf5", "pkl", "pickle", "npy", "npz", "mdb"), "write it as Parquet"),
     **dict.fromkeys(("zip", "7z", "rar"), "unpack it into a folder"),
-    **dict.fromkeys(("docx", "doc", "pdf", "rtf", "odt", "html", "md"), "save it as text, a prompt a line (.txt)"),
+    **dict.fromkeys(("docx", "doc", "pdf", "rtf", "odt", "html", "md"), "save it as text, one prompt per line (.txt)"),
     **dict.fromkeys(("yaml", "yml", "xml", "toml"), "write it as JSON Lines (.jsonl)"),
 }
 _MAGICS = {
@@ -61,24 +61,24 @@ _MAGICS = {
 }
 _TEXTS = ("txt", "csv", "tsv")
 _TAR_MAGIC, _TAR_MAGIC_END = b"ustar", 262
-# The first line of a file of blocks.
+# The start of a file of blocks.
 _BLOCKS = re.compile(rb"(\xef\xbb\xbf)?\s*positive\s*:", re.IGNORECASE)
-# The beginning of a web page, which a server sends for a file where one has to log in, or where it shows the file.
-# It is one tag after another: a prompt may begin with "<html>", too.
+# The start of a web page, which a server may send instead of a file, e.g. to log in or to show the file. Two tags must
+# follow each other, since a prompt may begin with "<html>" too.
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b[^>]*>\s*<", re.IGNORECASE)
-# The longest line by which JSON Lines are told from one object.
+# The longest line that is read to distinguish JSON Lines from a single object.
 _LONG_LINE = 1 << 24
 
 
 def open_table(uri: str, storage_options: Mapping[str, Any], *, has_blocks: bool = True) -> Table:
     """Open a prompts file.
 
-    has_blocks: whether a text may be one of blocks, which old runs read line by line.
-    Raises: SourceError for a format that is not read, with the way to one that is.
+    has_blocks: recognise text files of blocks, which old runs read line by line.
+    Raises: SourceError for a format that is not read, with the way to convert it.
     """
     file = PromptBytes.of(uri, storage_options)
     if _WEB_PAGE.match(file.head):
-        raise SourceError(f"{uri}: holds a web page and no prompts; open it in a browser, and name the file itself")
+        raise SourceError(f"{uri}: is a web page, not prompts; open it in a browser, and use the address of the file")
     name = format_of_name(public_uri(uri))
     found = _format(file, name if name in (*TABLE_FORMATS, *INSTEAD) else _format_of_query(uri))
     if has_blocks and found == "txt" and _BLOCKS.match(file.head):
@@ -89,11 +89,11 @@ def open_table(uri: str, storage_options: Mapping[str, Any], *, has_blocks: bool
     if shown in INSTEAD:
         raise SourceError(f"{uri}: .{shown} is not read: {INSTEAD[shown]}")
     known = ", ".join(f".{known}" for known in TABLE_FORMATS)
-    raise SourceError(f"{uri}: its format cannot be told; prompts must be {known}")
+    raise SourceError(f"{uri}: its format is unknown; prompts must be {known}")
 
 
 def format_of_name(name: str) -> str:
-    """Return the format that a file's name says, without that of its compression; empty if it says none."""
+    """Return the format by a file's name, ignoring the suffix of a compression; empty without a suffix."""
     parts = posixpath.basename(name).lower().split(".")
     while len(parts) > 2 and parts[-1] in _COMPRESSIONS:
         parts.pop()
@@ -101,7 +101,7 @@ def format_of_name(name: str) -> str:
 
 
 def _format_of_query(uri: str) -> str:
-    """Return the format that the query of a web address says, as `export?format=csv`."""
+    """Return the format named in the query of a web address, as in `export?format=csv`; empty without one."""
     for _, value in parse_qsl(urlsplit(uri).query if "://" in uri else ""):
         if (found := format_of_name(value) or value.lower()) in TABLE_FORMATS:
             return found
@@ -109,9 +109,9 @@ def _format_of_query(uri: str) -> str:
 
 
 def _format(file: PromptBytes, name: str) -> str:
-    """Return the format of a file: by its first bytes, or else its name, or else the look of its text."""
+    """Return the format of a file: by its first bytes, then by its name, then by its text."""
     for magic, kind in _MAGICS.items():
-        # Three letters are the beginning of a text, too: "ORC warrior".
+        # A text may begin with these three letters too: "ORC warrior".
         if file.head.startswith(magic) and not (kind == "orc" and name in _TEXTS):
             return kind
     if name in ("jsonl", "ndjson"):
@@ -127,7 +127,7 @@ def _format(file: PromptBytes, name: str) -> str:
 
 
 def _format_of_text(file: PromptBytes) -> str:
-    """Return which of the JSON formats a text is; empty if it is none."""
+    """Return the JSON format of a text; empty if it is not JSON."""
     first, second = _first_lines(file)
     if first[:1] == b"[":
         return "json"
@@ -137,14 +137,14 @@ def _format_of_text(file: PromptBytes) -> str:
 
 
 def _first_lines(file: PromptBytes) -> list[bytes]:
-    """Return the first two lines of a text that are not blank; empty ones where there are fewer."""
+    """Return the first two lines of a text that are not blank; empty lines if there are fewer."""
     with file.open_text() as text:
         lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: text.readline(_LONG_LINE), b""))
         return [*islice(filter(None, lines), 2), b"", b""][:2]
 
 
 def _json_of_another_name(file: PromptBytes) -> str:
-    """Return the JSON format of a file that is named .csv or .tsv; empty if its first line may be a header."""
+    """Return the JSON format of a file named .csv or .tsv; empty if its first line may be a header."""
     if _begins_array_of_rows(file.head):
         return "json"
     if not file.head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
@@ -153,7 +153,7 @@ def _json_of_another_name(file: PromptBytes) -> str:
 
 
 def _begins_array_of_rows(head: bytes) -> bool:
-    """Return whether a file begins as an array of objects, which no JSON Lines do."""
+    """Return whether a file begins as an array of objects, unlike JSON Lines."""
     return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", head) is not None
 
 

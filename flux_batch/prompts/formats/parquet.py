@@ -1,4 +1,4 @@
-"""Parquet, read by row group; planning reads the footer alone."""
+"""Parquet, read by row group; planning reads only the footer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flux_batch.prompts.formats.arrow import python_rows
 from flux_batch.prompts.formats.file import PromptBytes, is_damage
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, ranges_of
 
-# Rows decoded at a time: many rows of text, few of images.
+# Limits of a decoded batch: many rows of text, few of images.
 _BATCH_ROWS, BATCH_BYTES = 8192, 64 << 20
 
 
 class ParquetTable:
-    """A Parquet file; a file without a byte, as Spark leaves it, has no rows."""
+    """A Parquet file; an empty file, as Spark may leave it, has no rows."""
 
     def __init__(self, file: PromptBytes) -> None:
         self._file = file
@@ -34,14 +34,14 @@ class ParquetTable:
 
     @cached_property
     def _footer(self) -> tuple[pa.Schema, int]:
-        """The columns and the number of rows; the footer of many row groups is not kept."""
+        """The columns and the number of rows; the footer itself may be large and is not kept."""
         if not self._file.head:
             return pa.schema([]), 0
         with self._parquet() as parquet:
             return parquet.schema_arrow, parquet.metadata.num_rows
 
     def stream(self, rows: RowRange, columns: Collection[str]) -> Iterator[Row | BadRow]:
-        """Yield the rows of a range one by one. A column of images is never in memory whole."""
+        """Yield the rows of a range one by one; a column of images is never read as a whole."""
         with self._parquet() as parquet:
             names = [name for name in parquet.schema_arrow.names if name in columns]
             first = 0
@@ -63,7 +63,7 @@ class ParquetTable:
         with self._file.open() as file:
             try:
                 yield pq.ParquetFile(file, pre_buffer=True)
-            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # names are UTF-8 by promise only
+            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # names may not be UTF-8
                 if isinstance(error, OSError) and not is_damage(error):
                     raise
                 raise SourceError(f"{self._file.uri}: not a readable Parquet file: {one_line(error)}") from error
@@ -72,7 +72,7 @@ class ParquetTable:
 def _rows_of_group(
     parquet: pq.ParquetFile, group: int, names: list[str], start: int, end: int
 ) -> Iterator[Row | BadRow]:
-    """Yield the rows start .. end of one row group, so that a huge group is never in memory whole."""
+    """Yield the rows [start, end) of one row group; a huge group is never read as a whole."""
     about = parquet.metadata.row_group(group)
     per_row = max(1, about.total_byte_size // max(1, about.num_rows))
     batch_size = max(1, min(_BATCH_ROWS, BATCH_BYTES // per_row))

@@ -22,10 +22,10 @@ from flux_batch.prompts.formats.table import BadRow, Row
 
 
 class TsvTable(LineTable):
-    """A file of tab-separated values; its first line names the columns, blank lines do not count."""
+    """A file of tab-separated values; its first line names the columns, blank lines are skipped."""
 
     def schema(self) -> pa.Schema:
-        """Return the columns that the header names; none of a file without a byte."""
+        """Return the columns in the header; none for an empty file."""
         with self.file.open_text() as text:
             return header_schema(self._header(text).names)
 
@@ -60,7 +60,7 @@ class TsvTable(LineTable):
 
 
 class _Header(NamedTuple):
-    """The first line: its names, the byte after it and the lines up to it."""
+    """The first line: its names, the byte after it and the number of lines up to it."""
 
     names: list[str]
     end: int

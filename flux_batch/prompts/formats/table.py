@@ -1,6 +1,6 @@
-"""The protocol of a prompts file in any format, and what crosses it; does not know what a column means.
+"""The protocol of a prompts file in any format; it does not know the meaning of columns.
 
-A row that cannot be parsed is a BadRow in its position, so that the other rows of the file can be used.
+A row that cannot be parsed is a BadRow at its position, so that the other rows of the file can be used.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Rows start .. start + num_rows of a file.
+    """The rows [start, start + num_rows) of a file.
 
-    `offset` is where its format finds the first one: the byte of its text; 0 for the start. `line` is the line of the
-    first one, from 1; 0 where rows have none, or where a plan of before does not say.
+    `offset` is the position of the first one, as its format defines it, e.g. a byte of the text; 0 at the start. `line`
+    is the line of the first one, from 1; 0 if rows have no lines, or in old plans.
     """
 
     start: int
@@ -38,7 +38,7 @@ class RowRange:
 
 
 def check_whole_characters(value: Any) -> None:
-    """Raise ValueError for half a surrogate pair; JSON and templates can spell it, files cannot."""
+    """Raise ValueError for a lone surrogate; JSON and templates can produce one, files cannot hold it."""
     if isinstance(value, list | dict) or (isinstance(value, str) and not value.isascii()):
         json.dumps(value, ensure_ascii=False, default=lambda other: None).encode()
 
@@ -49,7 +49,7 @@ def ranges_of(total: int, num_rows: int) -> list[RowRange]:
 
 
 def ranges_from(starts: Iterable[tuple[int, int]], num_rows: int, start: int = 0) -> Iterator[RowRange]:
-    """Yield ranges of `num_rows` of the rows that begin at these bytes and lines; the last may be shorter."""
+    """Yield ranges of `num_rows` rows; `starts` has the byte and line of each row; the last may be shorter."""
     places = iter(starts)
     for offset, line in places:
         count = 1 + sum(1 for _ in islice(places, num_rows - 1))
@@ -61,7 +61,7 @@ class Table(Protocol):
     """A prompts file, opened for reading."""
 
     def schema(self) -> pa.Schema:
-        """Return all columns in order, with the types that hold their values; a name may stand twice."""
+        """Return all columns in order, with the types of their values; a name may occur twice."""
         ...
 
     def split(self, num_rows: int) -> Iterator[RowRange]:

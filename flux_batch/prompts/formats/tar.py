@@ -1,4 +1,4 @@
-"""WebDataset tars of captions: the members with one key are one row."""
+"""WebDataset tars of captions: members with the same key are one row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flux_batch.prompts.formats.file import PromptBytes, skip_to
 from flux_batch.prompts.formats.json_lines import schema_of_rows
 from flux_batch.prompts.formats.table import BadRow, Row, RowRange, check_whole_characters, ranges_from
 
-# Members of text, by suffix, and the column each becomes; those of a .json are columns of their own.
+# The suffixes of text members, and the column of each; the keys of a .json member are columns.
 _TEXTS = {"txt": "prompt", "caption": "prompt", "text": "prompt"}
 _MAX_TEXT_BYTES = 1 << 24
 
 
 class TarTable:
-    """A tar whose members are called KEY.txt and KEY.json; members of other kinds, such as images, are not read."""
+    """A tar with members KEY.txt and KEY.json; other members, such as images, are not read."""
 
     def __init__(self, file: PromptBytes) -> None:
         self._file = file
@@ -33,7 +33,7 @@ class TarTable:
     def split(self, num_rows: int) -> Iterator[RowRange]:
         """Yield ranges of `num_rows` that cover the file; the last may be shorter.
 
-        Raises: SourceError for a key whose members do not follow each other: they would be rows of one id.
+        Raises: SourceError for a key whose members are not consecutive: they would be several rows with one id.
         """
         return ranges_from(self._starts(), num_rows)
 
@@ -43,7 +43,7 @@ class TarTable:
             yield row
 
     def each_of(self, rows: RowRange) -> list[RowRange]:
-        """Return every row of a range by itself, with its byte."""
+        """Return a range for each row of a range, with its byte."""
         found = islice(self._records(rows.offset), rows.num_rows)
         return list(ranges_from(((at, 0) for at, _, _ in found), 1, rows.start))
 
@@ -53,14 +53,14 @@ class TarTable:
         for at, key, _ in self._records(0):
             if key in met:
                 raise SourceError(
-                    f"{self._file.uri}: the members of {key!r} do not follow each other, or are there twice; write it "
+                    f"{self._file.uri}: the members of {key!r} are not consecutive, or are there twice; write the file "
                     "with tar --sort=name"
                 )
             met.add(key)
             yield at, 0
 
     def _records(self, offset: int) -> Iterator[tuple[int, str, Row | BadRow]]:
-        """Yield the first byte, the key and the row of each, from `offset` on."""
+        """Yield the first byte, the key and the values of each row, from `offset` on."""
         with self._file.open_decompressed() as file:
             skip_to(file, offset)
             try:
@@ -71,7 +71,7 @@ class TarTable:
 
 
 class _Member(tarfile.TarInfo):
-    """A member with a whole header; the module takes half a one for the end of the file."""
+    """A member whose header is complete; tarfile reads a truncated header as the end of the file."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -84,7 +84,7 @@ class _Member(tarfile.TarInfo):
 def _rows(tar: tarfile.TarFile) -> Iterator[tuple[int, str, Row | BadRow]]:
     at, row, key = 0, None, ""
     for member in tar:
-        # tarfile keeps half a kB of each member, and a tar may have millions. getmembers() would read to the end.
+        # tarfile keeps half a kB per member, and a tar may have millions. getmembers() would read to the end.
         tar.members.clear()  # type: ignore[attr-defined]
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
@@ -108,11 +108,11 @@ def _joined(row: Row | BadRow, found: Row | BadRow) -> Row | BadRow:
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Row | BadRow | None:
-    """Return the columns that a member of text gives; None for other kinds."""
+    """Return the columns of a text member; None for other members."""
     if suffix not in (*_TEXTS, "json"):
         return None
     if member.size > _MAX_TEXT_BYTES:
-        return BadRow(f"{member.name} has {member.size} bytes, which is no caption")
+        return BadRow(f"{member.name} has {member.size} bytes, which is too long for a caption")
     file = tar.extractfile(member)
     try:
         text = file.read().decode("utf-8-sig") if file else ""

@@ -1,4 +1,4 @@
-"""Text files: a prompt a line, a prompt a file, or blocks of prompts and negative prompts."""
+"""Text files: one prompt per line, or blocks of prompts and negative prompts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flux_batch.prompts.formats.table import BadRow, Row
 
 
 class TextTable(LineTable):
-    """A text file with one prompt a line; blank lines do not count."""
+    """A text file with one prompt per line; blank lines are skipped."""
 
     def schema(self) -> pa.Schema:
-        """Return the only column there is."""
+        """Return the only column."""
         return pa.schema([("prompt", pa.string())])
 
     @property
@@ -37,9 +37,10 @@ class TextTable(LineTable):
 
 
 class BlockTable(LineTable):
-    """A text file of blocks `positive: ...` and `negative: ...`, each of any number of lines, between lines of dashes.
+    """A text file of blocks, separated by lines of dashes.
 
-    It is the prompt file of ltdrdata/ComfyUI-Inspire-Pack (prompts/example/prompt1.txt).
+    Each block has `positive: ...` and `negative: ...`, each over any number of lines. This is the prompt file of
+    ltdrdata/ComfyUI-Inspire-Pack (prompts/example/prompt1.txt).
     """
 
     def schema(self) -> pa.Schema:
@@ -57,7 +58,10 @@ class BlockTable(LineTable):
 
 
 def _blocks(text: BinaryIO, offset: int) -> Iterator[tuple[int, int, list[bytes]]]:
-    """Yield the byte of each block, the lines from `offset` to it, its lines."""
+    """Yield the byte of each block, the number of lines before it, and its lines.
+
+    The lines are counted from `offset`.
+    """
     at = before = 0
     content: list[bytes] = []
     for number, (begin, line) in enumerate(lines(text, offset)):

@@ -49,7 +49,7 @@ def test_a_column_of_any_length_may_stand_beside(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_fail_their_row(tmp_path: Path, num_rows: int) -> None:
     bad, good = read(tmp_path, b"prompt,seed\ncaf\xe9,1\nb\xef\xbf\xbd,2\n", num_rows)
 
-    assert bad == BadRow("not UTF-8: byte 0xe9 is no character; save the file as UTF-8")
+    assert bad == BadRow("not UTF-8: byte 0xe9 is not a character; save the file as UTF-8")
     assert good == {"prompt": "b\ufffd", "seed": "2"}
 
 
@@ -93,7 +93,7 @@ def test_lines_that_a_quote_takes_in_and_that_are_no_rows_are_named(tmp_path: Pa
 
     assert found == [
         {"prompt": "x", "seed": "1"},
-        BadRow("lines 3 to 5: a quote is opened on line 3, and takes in the lines after it"),
+        BadRow("lines 3 to 5: a quote is opened on line 3, and includes the lines after it"),
         {"prompt": "y", "seed": "2"},
     ]
 
@@ -139,7 +139,7 @@ def test_joined_files_bring_their_marks_and_headers_along(tmp_path: Path, name: 
     a, header, b = read(tmp_path, text, name=name)
 
     assert (a, b) == ({"prompt": "a", "seed": "1"}, {"prompt": "b", "seed": "2"})
-    assert header == BadRow("the header stands here once more: files were joined")
+    assert header == BadRow("this is the header again, as in concatenated files")
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv"])

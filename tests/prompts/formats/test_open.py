@@ -175,8 +175,8 @@ def test_a_tar_of_captions_is_a_row_for_each_key(tmp_path: Path, num_rows: int, 
         ("p.pkl", b"\x80\x04", r"\.pkl is not read: write it as Parquet"),
         ("p.yaml", b"a: 1", r"\.yaml is not read: write it as JSON Lines"),
         ("p.orc", b"ORC", r"\.orc is not read"),
-        ("p.dat", b"a cat", r"its format cannot be told; prompts must be \.parquet, \.jsonl, \.csv, \.txt"),
-        ("prompts", b"a cat", "its format cannot be told"),
+        ("p.dat", b"a cat", r"its format is unknown; prompts must be \.parquet, \.jsonl, \.csv, \.txt"),
+        ("prompts", b"a cat", "its format is unknown"),
     ],
 )
 def test_other_formats_are_refused_with_the_way_to_one_that_is_read(
@@ -218,7 +218,7 @@ def test_the_members_of_a_tar_are_not_kept(tmp_path: Path) -> None:
 
 def test_a_tar_whose_keys_are_scattered_or_whose_end_is_cut_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "p.tar", {"0.txt": b"a", "1.txt": b"b", "0.json": b"{}"})
-    with pytest.raises(SourceError, match=r"p\.tar: the members of '0' do not follow each other"):
+    with pytest.raises(SourceError, match=r"p\.tar: the members of '0' are not consecutive"):
         read_all(tmp_path / "p.tar", 3)
 
     write_tar(tmp_path / "q.tar", {"0.txt": b"a", "1.txt": b"b"})
@@ -248,7 +248,7 @@ def test_json_that_is_called_csv_is_json(tmp_path: Path, text: str, prompts: lis
 @pytest.mark.parametrize("text", ["<!DOCTYPE html>\n<title>Log in</title>\n", "\ufeff\n<HTML lang=en>\n<p>a cat"])
 def test_a_web_page_is_not_taken_for_prompts(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(SourceError, match="holds a web page and no prompts"):
+    with pytest.raises(SourceError, match="is a web page, not prompts"):
         open_table(str(tmp_path / name), {})
 
 
