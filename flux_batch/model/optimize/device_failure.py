@@ -1,4 +1,4 @@
-"""The failure of a device while something is tried on it, as opposed to the failure of the trial."""
+"""The failure of a device, as opposed to a failure of the code on it."""
 
 from __future__ import annotations
 

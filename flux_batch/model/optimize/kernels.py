@@ -1,4 +1,4 @@
-"""The fastest kernels of a CPU, and those that MPS has, chosen from outside the model.
+"""The kernels of CPUs and of MPS, chosen from outside the model."""
 
 All compute the same but for the last bits. Those of MPS have not run on one yet.
 
