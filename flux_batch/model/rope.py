@@ -1,7 +1,7 @@
-"""Rotary position embedding over several axes; knows positions and head vectors, not what they stand for.
+"""Rotary position embedding over several axes.
 
-Source of the formulas: black-forest-labs/flux 802fb47, src/flux/math.py. Deliberate difference: angles in float64,
-as diffusers and BFL before 4343061 (2025-01-31); with angles in bfloat16 positions blur and images break.
+Source of the formulas: black-forest-labs/flux 802fb47, src/flux/math.py. Deliberate difference: angles are float64, as
+in diffusers and in BFL before 4343061 (2025-01-31). With bfloat16 angles, positions become inexact and images break.
 """
 
 from __future__ import annotations

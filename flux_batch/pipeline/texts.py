@@ -1,4 +1,4 @@
-"""The texts of a pipeline: CLIP and T5 turn them into embeddings, the last of which are remembered; knows no image.
+"""The text encoders of a pipeline, CLIP and T5, with a cache of embeddings.
 
 Letters: b texts, l tokens, d width.
 """
@@ -24,9 +24,9 @@ from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.request import PipelineRequest, as_list, check_texts
 from flux_batch.sampling_params import MAX_T5_LENGTH, check_integer
 
-# About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
+# About 64 prompts of FLUX.1-dev in bfloat16: enough for neighbouring batches and the empty prompt.
 _MAX_BYTES = 256 * 2**20
-# Texts whose tokens are counted once: those of some batches.
+# The number of texts whose truncation is cached: those of a few batches.
 _MAX_COUNTED = 256
 
 _Encode = Callable[[str, int], PromptEmbeds]
@@ -36,8 +36,8 @@ _OnDevice = Callable[[], AbstractContextManager[None]]
 class TextEncoders:
     """CLIP and T5 of a pipeline, with the LoRAs that are fused into them.
 
-    default_length: T5 tokens of a text that asks for none. device, dtype: of the embeddings. offload: keep the weights
-    in host memory, and the embeddings too, except while texts are encoded; nothing changes on the CPU.
+    default_length: the default number of T5 tokens. device, dtype: of the embeddings. offload: keep the weights in host
+    memory except while texts are encoded, and the embeddings always; nothing changes on the CPU.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class TextEncoders:
         offloaded = apply_offload([clip.model, t5.model] if self.is_offloaded else [], device)
         self.on_device = offloaded.on_device
         self._cache = TextCache(self._encode_one, on_device=offloaded.on_device)
-        # A worker asks before each call, which asks again, while its GPU has nothing to do.
+        # A worker asks before each call, and the call asks again, while the GPU is idle: the cache saves that time.
         self._is_cut = lru_cache(_MAX_COUNTED)(self._count_one)
 
     def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
-        """Return the embeddings of each prompt, those of the last prompts from memory."""
+        """Return the embeddings of each prompt, from the cache if possible."""
         return self._cache(prompts, length, tuple(self._loras.fused))
 
     def encode_prompt(self, prompt: str | Sequence[str], length: int | None) -> PromptEmbeds:
-        """Return the embeddings of one prompt or several of a caller. Raises: InvalidSetting."""
+        """Return the embeddings of one or several prompts of a caller. Raises: InvalidSetting."""
         prompts = as_list("prompt", prompt)
         check_texts("prompt", prompts)
         if length is not None:
@@ -81,7 +81,7 @@ class TextEncoders:
             return PromptEmbeds(*map(normal_tensor, embeds))
 
     def truncations(self, prompts: str | Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
+        """Return for each prompt whether CLIP and whether T5 truncates it. Raises: InvalidSetting."""
         prompts = as_list("prompts", prompts)
         check_texts("prompts", prompts)
         if length is not None:
@@ -89,7 +89,7 @@ class TextEncoders:
         return [self._is_cut(prompt, length or self._default_length) for prompt in prompts]
 
     def warn_of_cut(self, request: PipelineRequest) -> None:
-        """Warn if the end of a text is left out; Python prints a warning once a program."""
+        """Warn if a text is truncated; Python prints the warning once for each program."""
         both = request.prompts, request.negative_prompts if request.uses_cfg else []
         texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
         truncations = self.truncations(list(texts), request.t5_length(self._default_length))
@@ -99,7 +99,7 @@ class TextEncoders:
                 warnings.warn(f"a prompt is longer than {title} reads, its end is left out: {where}", stacklevel=3)
 
     def _count_one(self, text: str, length: int) -> tuple[bool, bool]:
-        """Return whether CLIP and whether T5 leaves out the end of one text."""
+        """Return whether CLIP and whether T5 truncates the text."""
         return self._clip.truncated([text])[0], self._t5.truncated([text], length)[0]
 
     def _encode_one(self, text: str, length: int) -> PromptEmbeds:
@@ -108,12 +108,12 @@ class TextEncoders:
 
 
 class TextCache:
-    """Encodes each text alone, and remembers the last ones, up to `max_bytes`.
+    """An encoder of single texts with a cache of recent results, up to `max_bytes`.
 
-    Neither the other texts of a batch nor what is remembered can thus change a bit of an image: a sum over more rows
-    may be rounded in another order. A text of 512 tokens keeps a GPU busy alone.
+    Texts are encoded alone, since products with more rows may round differently. So neither the rest of a batch nor the
+    cache can change a bit of an image. A single text of 512 tokens already keeps a GPU busy.
 
-    encode: runs the encoders on a text, for a T5 length; on_device: a context within which they can be run.
+    encode: runs the encoders on a text, for a T5 length; on_device: the context in which they can be run.
     """
 
     def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
@@ -124,7 +124,7 @@ class TextCache:
     def __call__(self, texts: Sequence[str], length: int, version: Hashable = None) -> PromptEmbeds:
         """Return the embeddings of texts: (b, l, d) and (b, d).
 
-        length: T5 tokens; version: of the encoders' weights, since other weights give other embeddings.
+        length: T5 tokens; version: identifies the encoders' weights, since other weights give other embeddings.
         """
         keys = {text: (text, length, version) for text in texts}
         encoded = {text: kept for text, key in keys.items() if (kept := self._memo.find(key))}

@@ -238,7 +238,7 @@ def test_an_inpainting_net_reads_what_is_kept(base: Path, tmp_path: Path) -> Non
     [
         ({}, "control_image is missing: FLUX.1 with ControlNets needs control_image"),
         ({"control_image": [IMAGES[0]], "controlnet_conditioning_scale": [1.0, 2.0]}, "2 values for 1 control images"),
-        ({"control_image": IMAGES[0], "control_mode": 3}, "its ControlNet is no union net and has no modes"),
+        ({"control_image": IMAGES[0], "control_mode": 3}, "its ControlNet is not a union net and has no modes"),
         ({"control_image": IMAGES[0], "control_guidance_start": 0.9, "control_guidance_end": 0.2}, "the start before"),
         ({"control_image": IMAGES[0], "mask_image": IMAGES[0]}, "mask_image: needs an input_image to repaint"),
         ({"control_image": "edges.png"}, "control_image is a str: must be a PIL image"),

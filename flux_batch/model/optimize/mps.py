@@ -1,4 +1,4 @@
-"""The kernels of Apple's GPUs, chosen from outside the model. Not run on one yet."""
+"""The kernels for Apple's GPUs, chosen from outside the model. Not run on such a GPU yet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from flux_batch.model.transformer import Flux
 
 
 def apply_mps_kernels(model: Flux, device: torch.device) -> None:
-    """Make a transformer on MPS rotate without complex numbers, which MPS lacks; change nothing on another device."""
+    """Make a transformer on MPS rotate without complex numbers, which MPS lacks.
+
+    On another device nothing changes.
+    """
     if device.type != "mps":
         return
     for module in model.modules():
