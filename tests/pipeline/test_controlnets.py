@@ -155,7 +155,9 @@ def test_the_words_of_diffsynth(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(pipe("x", controlnet_inputs=[union, plain], **common), expected, atol=0, rtol=0)
     both = pipe(["x", "y"], controlnet_inputs=[union, plain], **common | {"seed": [3, 4]})
     torch.testing.assert_close(both[:1], expected, atol=1e-4, rtol=0)
-    with pytest.raises(InvalidSetting, match=r"controlnet_inputs: of the nets \[1, 1\]; give one for each net"):
+    with pytest.raises(
+        InvalidSetting, match=r"controlnet_inputs: controlnet_id = \[1, 1\]: give one input for each net"
+    ):
         pipe("x", controlnet_inputs=[union, union], **common)
 
 

@@ -90,7 +90,7 @@ def publish(
     _upload_all(packer, hub, missing, lambda number: on_progress(len(pieces) - len(missing) + number, len(pieces)))
     files = hub.files() if missing else files
     if lost := [name for name in names.values() if name not in files]:
-        raise StoreError(f"{hub.address}: {lost[0]} is not there after all; run the same command again")
+        raise StoreError(f"{hub.address}: {lost[0]} is missing after the upload; run the same command again")
     num_bytes = sum(files[name].size for name in names.values())
     return Published(hub.address, packer.source.splits, len(pieces), len(missing), num_bytes)
 

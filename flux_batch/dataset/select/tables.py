@@ -139,7 +139,7 @@ class Tables:
         changing = {row[0] for row in self.rows(_CHANGING)}
         for node in _nodes(tree):
             if (name := str(node.get("function_name", "")).lower()) in changing:
-                raise JobError(f"{text!r}: {name}() is another one each time; a selection is the same each time")
+                raise JobError(f"{text!r}: {name}() has another value each time, but a selection must be reproducible")
 
     def _check_distinct(self, text: str) -> None:
         """Raise JobError for a name that differs from another column's only in case."""
@@ -150,7 +150,7 @@ class Tables:
                     other = next(others, "the order of the images")
                     raise JobError(
                         f"{text!r}: write {names[name]} for the column {name!r}, "
-                        f"which an expression does not tell from {other}"
+                        f"since an expression cannot distinguish it from {other}"
                     )
 
     def _named(self, text: str) -> set[str]:

@@ -85,7 +85,7 @@ def variant_of(params: FluxParams, name: str = "auto", hints: Iterable[str] = ()
         )
     if name != "auto":
         if name not in known:
-            raise ValueError(f"it is said to be the variant {name}, but by its channels it is {' or '.join(known)}")
+            raise ValueError(f"the variant {name} was given, but by its channels it is {' or '.join(known)}")
         return known[name]
     told = (known[each] for hint in hints for each in known if re.search(f"flux.*{each}", hint, re.IGNORECASE))
     return next(told, TEXT_TO_IMAGE if times == 1 else FILL if times == FILL.channels else UNTOLD)

@@ -60,7 +60,7 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     nets = [each.get("controlnet_id", 0) for each in given]
     if sorted(nets) != list(range(len(nets))) and set(nets) != {0}:
         raise InvalidSetting(
-            f"controlnet_inputs: of the nets {nets}; give one for each net, or several for the only one",
+            f"controlnet_inputs: controlnet_id = {nets}: give one input for each net, or several for a single net",
             field="controlnet_inputs",
         )
     given = [each for _, each in sorted(zip(nets, given, strict=True), key=itemgetter(0))]

@@ -56,7 +56,10 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class _ShownRow:
-    """A row of the page, with the chunk of its thumbnail ("" without one) and its index."""
+    """A row of the page, with the chunk of its thumbnail and its index there.
+
+    The chunk is "" without a thumbnail.
+    """
 
     row: Row
     chunk: str = ""
