@@ -227,7 +227,7 @@ def test_a_wrong_option_says_what_would_be_right(
         ),
         (
             "prompts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}\nquality: {score: clp, at_least: 0.3}",
-            "quality.score = clp: is no annotator",
+            "quality.score = clp: is not an annotator",
         ),
         (
             "prompts: {rows: 2, samplers: {a: {file: /nowhere.txt}}, template: x}\n"

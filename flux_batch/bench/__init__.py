@@ -1,1 +1,1 @@
-"""The benchmarks: the speed of the parts and the whole, beside other programs for the same work."""
+"""Benchmarks of the parts and of whole jobs, compared with other programs."""

@@ -1,4 +1,4 @@
-"""The command `flux-batch bench`: parse, measure, print a table, write JSON; heavy imports wait until then."""
+"""The command `flux-batch bench`: measure, print a table, write JSON. Heavy imports happen in the measurement."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_model(kind)
     _add_call(kind, steps=28, side=1024)
     _add_repeats(kind)
-    kind.add_argument("--batch-size", type=_positive, default=1, help="images a call (1)")
+    kind.add_argument("--batch-size", type=_positive, default=1, help="images in a call (1)")
     kind.add_argument("--warm-ups", type=_positive, default=1, help="calls before those that count (1)")
     kind.add_argument(
         "--against",
         action="append",
         default=[],
         choices=["diffusers", "diffusers-compiled"],
-        help="also run it, in turn, with the same weights, prompts and seeds; may be given twice",
+        help="also run this, in turn, with the same weights, prompts and seeds; may be given twice",
     )
     kind.add_argument(
         "--peak-tflops", type=_from(0.001), help="the peak of the device, dense, in --dtype (from a table)"
@@ -70,14 +70,14 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     _add_json(kind)
     kind.set_defaults(measure=_lossy)
 
-    kind = kinds.add_parser("kernels", help="attention, fp8 products, the decoder: each beside what could run")
+    kind = kinds.add_parser("kernels", help="attention, fp8 products, the decoder: each with its alternatives")
     kind.add_argument("--random-weights", choices=get_args(SizeName), default="dev", help="the sizes of a model (dev)")
     kind.add_argument("--device", help="cuda or cpu (cuda if there is one)")
     kind.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the number format of the model (auto)"
     )
     kind.add_argument("--side", type=_positive, default=1024, help="pixels (1024)")
-    kind.add_argument("--eager", action="store_true", help="leave out what torch.compile makes of them")
+    kind.add_argument("--eager", action="store_true", help="do not measure them compiled")
     _add_repeats(kind, 10)
     kind.set_defaults(measure=_kernels)
 
@@ -106,11 +106,11 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("driver", help="the driver's loop, on simulated workers; a row for each number of them")
     kind.add_argument("--workers", type=_positive, nargs="+", default=[10, 1000], help="workers (10 1000)")
     kind.add_argument("--shards", type=_positive, default=400_000, help="shards (400000)")
-    kind.add_argument("--speedup", type=_from(1), default=100, help="how much faster than real ones they work (100)")
+    kind.add_argument("--speedup", type=_from(1), default=100, help="how much faster than real workers they are (100)")
     kind.add_argument("--spread", type=_from(1), default=10, help="the longest shard over the shortest (10)")
     kind.add_argument("--slow-share", type=_from(0, 1), default=0.03, help="the share of slow workers (0.03)")
     kind.add_argument("--slow-factor", type=_from(1), default=3, help="how much slower these are (3)")
-    kind.add_argument("--in-order", action="store_true", help="the order of the plan, not the largest shards first")
+    kind.add_argument("--in-order", action="store_true", help="run shards in plan order, not the largest first")
     _add_json(kind)
     kind.set_defaults(measure=_driver)
 
@@ -140,7 +140,7 @@ def bench(arguments: argparse.Namespace) -> str:
     """Run a benchmark and write --json. Returns: its table, or its figures if they go to stdout."""
     is_file = arguments.json not in (None, _STDOUT)
     if is_file and not Path(arguments.json).resolve().parent.is_dir():
-        raise JobError(f"--json {arguments.json}: there is no such folder")  # before minutes are spent
+        raise JobError(f"--json {arguments.json}: there is no such folder")  # fail before the measurement
     measure: Callable[[argparse.Namespace], tuple[_Figures, str]] = arguments.measure
     figures, text = measure(arguments)
 
@@ -153,7 +153,7 @@ def bench(arguments: argparse.Namespace) -> str:
 
 
 def _positive(text: str) -> int:
-    """Return a whole number of at least 1, as argparse wants it."""
+    """Parse a whole number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
@@ -161,7 +161,7 @@ def _positive(text: str) -> int:
 
 
 def _from(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
-    """Return a reader of finite numbers within limits, as argparse wants it."""
+    """Return a parser of finite numbers within limits, for argparse."""
 
     def read(text: str) -> float:
         try:

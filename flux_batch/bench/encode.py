@@ -37,7 +37,7 @@ def bench_encode(side: int, repeats: int) -> dict[str, Any]:
 
 
 def _encode_again(encode: Callable[[Pixels], bytes], pixels: Pixels, repeat: int) -> bytes:
-    """Encode an image, whatever the number of the repeat."""
+    """Encode an image; the number of the repeat is ignored."""
     return encode(pixels)
 
 
@@ -76,7 +76,7 @@ def encoders() -> Iterator[tuple[str, Callable[[Pixels], bytes]]]:
 
 
 def _opencv_png(pixels: Pixels, level: int | None) -> bytes:
-    """Return an image as PNG by OpenCV; level None is its own default."""
+    """Return an image as PNG by OpenCV; level None is OpenCV's default."""
     import cv2
 
     flags = [] if level is None else [cv2.IMWRITE_PNG_COMPRESSION, level]

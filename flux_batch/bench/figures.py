@@ -1,4 +1,4 @@
-"""Repeated measurements and their median, least and most; knows nothing of their subject."""
+"""Repeated measurements and their median, minimum and maximum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Run = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Seconds, or any other number, measured several times."""
+    """A number, mostly seconds, measured several times."""
 
     values: tuple[float, ...]
 
@@ -49,7 +49,7 @@ def number(value: float) -> str:
 def alternated(
     runs: Mapping[str, Run], repeats: int, *, warm_ups: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Figures]:
-    """Measure the seconds of runs in turn, A B A B. A disturbance of the machine meets all of them.
+    """Measure the seconds of runs in turn, A B A B. Disturbances of the machine then affect all.
 
     A run is called with its number, negative for a warm-up, and returns when its work is done.
     """
@@ -66,7 +66,7 @@ def alternated(
 
 
 def ratio(ours: Figures, theirs: Figures) -> dict[str, float]:
-    """Return the speed of ours over theirs: the ratio of the medians, the least and most of the pairs."""
+    """Return our speed divided by theirs: of the medians, and the least and most of the pairs."""
     pairs = [b / a for a, b in zip(ours.values, theirs.values, strict=True)]
     return {"median": theirs.median / ours.median, "least": min(pairs), "most": max(pairs)}
 

@@ -1,7 +1,7 @@
 """The benchmark of a whole job: the same images by a job, by bare loops over pipelines, and by Ray Data.
 
-Each contender runs in its own processes, one after the other; start-up is left out of all of them. A rate is the number
-of images over the mean time of the workers, from the end of each one's warm-up until the last image is written.
+The contenders run one after the other, each in its own processes, and start-up does not count. A rate is the number of
+images divided by the mean time of the workers, from the end of each worker's warm-up until the last image is written.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _StampedMaker:
 
 @dataclass
 class _StampedEngine:
-    """An engine that records when the last commit came and how long devices were busy."""
+    """An engine that records the last commit's time and the devices' busy time."""
 
     inner: Engine
     ended: float = 0.0
@@ -113,7 +113,7 @@ def bench_job(
 
 
 def run_in_process(contender: Callable[[Task], dict[str, Any]], task: Task) -> dict[str, Any]:
-    """Run a contender in its own process, which leaves nothing behind for the next."""
+    """Run a contender in its own process, isolated from the next one."""
     started = time.monotonic()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(contender, task).result()
@@ -121,7 +121,7 @@ def run_in_process(contender: Callable[[Task], dict[str, Any]], task: Task) -> d
 
 
 def rate(task: Task, ended: float, device_s: float | None = None) -> dict[str, Any]:
-    """Return the images a second, and the busy share of the workers' time."""
+    """Return the images per second, and the busy share of the workers' time."""
     seconds = [ended - float(path.read_text()) for path in task.folder.glob("ready-*")]
     worker_s = sum(seconds)
     figures = {"images_per_second": task.size.images / (worker_s / len(seconds)), "workers": len(seconds)}
@@ -190,7 +190,7 @@ def _bare_loops(task: Task) -> dict[str, Any]:
 
 
 def _bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
-    """Make every n-th batch, once all loops have loaded the model."""
+    """Make every n-th batch after all loops have loaded the model."""
     size = task.size
     try:
         pipeline = task.source.open()
@@ -198,7 +198,7 @@ def _bare_loop(task: Task, worker: int, barrier: Any, ends: Any) -> None:
     except BaseException:
         barrier.abort()
         raise
-    barrier.wait(timeout=_LOAD_TIMEOUT_S)  # a killed one must not hold the others for ever
+    barrier.wait(timeout=_LOAD_TIMEOUT_S)  # a killed loop must not block the others for ever
     stamp(task.folder)
     rows, device_s = size.rows(), 0.0
     batches = [rows[start : start + size.batch_size] for start in range(0, len(rows), size.batch_size)]

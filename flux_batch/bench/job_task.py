@@ -12,7 +12,7 @@ from typing import Any
 
 from flux_batch.bench.source import Source
 
-# Enough shards that the end, when some workers are idle, is short beside the whole.
+# Enough shards that the end of the run, when some workers are idle, takes a small share of it.
 _SHARDS_A_WORKER = 10
 GUIDANCE = 3.5
 
@@ -73,7 +73,7 @@ class Task:
     folder: Path
 
     def warm_up(self, pipeline: Callable[[dict[str, Any]], Any]) -> None:
-        """Make a batch of other prompts: compilation and the set-up of a first call count as start-up."""
+        """Make a batch of other prompts. Compilation and first set-up then count as start-up."""
         size = self.size
         pipeline(size.request([_prompt_row(size.images + number) for number in range(size.batch_size)]))
 
@@ -84,5 +84,5 @@ def _prompt_row(number: int) -> dict[str, Any]:
 
 
 def stamp(folder: Path) -> None:
-    """Write the time at which a worker is ready; all run on one machine, with one clock."""
+    """Write the time at which a worker is ready; all workers run on one machine with one clock."""
     (folder / f"ready-{uuid.uuid4().hex}").write_text(repr(time.time()))

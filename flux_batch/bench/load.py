@@ -15,12 +15,12 @@ from flux_batch.download.models import local_model
 
 
 def bench_load(source: Source, repeats: int) -> dict[str, Any]:
-    """Measure `repeats` loads of a model; the page cache has its files, except perhaps the first time.
+    """Measure `repeats` loads of a model; its files are in the page cache, except possibly the first time.
 
     Raises: CheckpointError, InvalidSetting, StoreError.
     """
     if not source.random_weights:
-        local_model(source.uri)  # fetched or found missing here: no process is started in vain, nor waits for a network
+        local_model(source.uri)  # fetch it first, so that no measured process fails or waits for the network
     loads = [_load_in_process(source) for _ in range(repeats)]
     return {
         "benchmark": "load",
@@ -43,10 +43,7 @@ def _load_in_process(source: Source) -> dict[str, Any]:
 
 
 def _load_here(source: Source, process_started: float) -> dict[str, Any]:
-    """Measure a load in this process, and the way to the first denoising step.
-
-    The image is small.
-    """
+    """Measure a load in this process, and the time to a small image's first step."""
     started = time.perf_counter()
     import torch
 

@@ -1,4 +1,4 @@
-"""The machine of a measurement: hardware, versions, commit, command, date; and its peak of memory."""
+"""The machine of a measurement: hardware, versions, commit, command, date; and the peak of memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe_machine(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """Return the commit checked out in a folder, with + if files differ from it; None if it is no checkout."""
+    """Return the commit checked out in a folder, with + if files differ; None if it is not a checkout."""
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
@@ -74,9 +74,9 @@ def _cpu_model() -> str:
 
 
 class PeakMemory:
-    """The peak of memory in use since its creation, in bytes: that of a CUDA device, else this process's resident set.
+    """The peak of memory since its creation, in bytes: of a CUDA device, else of this process's resident set.
 
-    On systems where the peak of a process cannot be reset, it counts from the start of the process.
+    If the system cannot reset the peak of a process, it counts from the start of the process.
     """
 
     def __init__(self, device: Any) -> None:
@@ -115,7 +115,7 @@ def measured(look: Callable[[], object]) -> dict[str, float]:
 
     pa.default_memory_pool().release_unused()
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what a former look freed is no memory of this one
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory of earlier measurements to the system
     memory, base = PeakMemory(torch.device("cpu")), memory_bytes()
     started, started_cpu = time.perf_counter(), time.process_time()
     look()
@@ -128,7 +128,7 @@ def measured(look: Callable[[], object]) -> dict[str, float]:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Run the block without the lines that a logger has for each worker."""
+    """Run the block without the lines that a logger writes for each worker."""
     log = logging.getLogger(name)
     before = log.level
     log.setLevel(logging.ERROR)

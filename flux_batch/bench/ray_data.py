@@ -41,7 +41,7 @@ def run_ray_data(task: Task, prompts: Path) -> float:
     size = task.size
     assert size.workers is not None
     assert size.shard_size is not None
-    # As in our job: a local cluster, with logical GPUs if there are none, and the same threads a worker.
+    # As in our job: a local cluster, with logical GPUs if there are none, and the same number of threads per worker.
     options: dict[str, Any] = {} if size.num_gpus else {"num_gpus": size.workers}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"address": "local", "include_dashboard": False}
@@ -56,7 +56,7 @@ def run_ray_data(task: Task, prompts: Path) -> float:
             batch_size=size.batch_size,
             concurrency=size.workers,
             num_gpus=size.num_gpus or 1,
-            num_cpus=0,  # else actors take the cores of a small machine, and reading and writing never start
+            num_cpus=0,  # actors would take all cores of a small machine, and reading and writing would never start
         )
         images.write_webdataset(str(task.folder / "tars"))
         return time.time()

@@ -1,4 +1,4 @@
-"""The model of a benchmark: a stored one, or a random one of a known size. It pickles small."""
+"""The model of a benchmark: a stored one, or a random one of a known size. Its pickle is small."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SizeName: TypeAlias = Literal["dev", "schnell", "small", "tiny"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model that is loaded in the process that runs it; `options` are arguments of the pipeline."""
+    """A model to be loaded in the process that runs it. options: arguments of the pipeline."""
 
     uri: str = "demo"
     random_weights: SizeName | None = None
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def dtype_name(self) -> str:
-        """The name of the dtype; for `auto`, that which the device computes natively."""
+        """The name of the dtype; for `auto`, the native dtype of the device."""
         from flux_batch.model.optimize.dtypes import dtype_name
         from flux_batch.pipeline.precision import to_dtype
 

@@ -1,1 +1,1 @@
-"""The finished data set: its images judged, chosen, exported and published."""
+"""The finished data set: annotation, selection, export and publication of its images."""

@@ -1,7 +1,7 @@
-"""A pass over the images of a run that are committed: every annotator, every shard, to files beside the images.
+"""A pass over the committed images of a run: every annotator on every shard, written to files beside the images.
 
-The same engine as for a run, the same lease, the same protocol. Safe to call again: it goes on, and after a run was
-extended it annotates what is new.
+It uses the engine, the lease and the commit protocol of a run. It can be called again: it resumes, and after the run
+was extended it annotates the new images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TOO_MANY_FAILED = 3
-# Reasons that have an example, and the letters of one.
+# The number of reasons with an example, and the length of an example in characters.
 _MAX_EXAMPLES, _MAX_EXAMPLE = 5, 300
 
 
@@ -47,8 +47,8 @@ _MAX_EXAMPLES, _MAX_EXAMPLE = 5, 300
 class AnnotateSettings:
     """The workers of a pass, and its limits.
 
-    batch_size: images in one call of an annotator. failures: settings of that section of the job, as `max_ratio=0.1`,
-    where they are not those of the run. runtime_env: that of Ray for the workers, e.g. with packages of an annotator.
+    batch_size: images in one call of an annotator. failures: settings that override the section `failures` of the run,
+    such as `max_ratio=0.1`. runtime_env: Ray's runtime_env of the workers, e.g. with the packages of an annotator.
     """
 
     max_workers: int = 1
@@ -66,9 +66,9 @@ class AnnotateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Counts:
-    """The state of one annotation: committed shards, their images, and those without values by reason.
+    """The state of one annotation: committed shards, their images, and images without values by reason.
 
-    examples: the key and message of one of them for each reason.
+    examples: the key and message of an image for each reason.
     """
 
     name: str
@@ -88,7 +88,7 @@ class _Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateReport:
-    """The result of a pass: the state of each annotation, and what this call has done."""
+    """The result of a pass: the state of each annotation, and the work of this call."""
 
     output: str
     num_shards: int
@@ -100,7 +100,7 @@ class AnnotateReport:
 
     @property
     def exit_code(self) -> int:
-        """The exit code: 0; 1 if shards were given up; 3 if more images have no values than allowed."""
+        """The exit code: 0; 1 if shards were given up; 3 if too many images have no values."""
         if self.errors:
             return 1
         return _TOO_MANY_FAILED if any(one.failed_ratio > self.max_failed_ratio for one in self.annotations) else 0
@@ -136,13 +136,13 @@ def annotate(
     anew: bool = False,
     show: Callable[[Snapshot], None] | None = None,
 ) -> AnnotateReport:
-    """Annotate the committed shards of a run, or go on with it. The images are read once for all annotators.
+    """Annotate the committed shards of a run, or resume. Images are read once for all annotators.
 
     engine: a pool of Ray actors by default. stop: may request an early end. retry_failed: annotate images without
-    values again. anew: remove what is there of these names first. show: called every second with the figures, which the
-    log then leaves out.
-    Raises: PlanMismatch if another annotator began one of them; RunHeld, LeaseLost if a driver has the run; Interrupted
-    after a stop; JobError, StoreError.
+    values again. anew: first remove the existing annotations of these names. show: called every second with the
+    figures, which are then not logged.
+    Raises: PlanMismatch if one of the names was begun by another annotator; RunHeld, LeaseLost if another driver has
+    the run; Interrupted after a stop; JobError, StoreError.
 
     >>> from flux_batch.dataset.annotators.load import parse_specs
     >>> from flux_batch.engine.local import LocalEngine
@@ -158,7 +158,7 @@ def annotate(
     folders = [AnnotationFolder(run.folder, spec.name) for spec in specs]
     if not anew:
         _check_begun(folders, specs)
-    if (anew or retry_failed) and engine is None and joins_cluster():  # before anything is removed: it may not be there
+    if (anew or retry_failed) and engine is None and joins_cluster():  # the cluster may not answer
         from flux_batch.engine.ray_cluster import find_cluster
 
         find_cluster(settings.max_workers, settings.num_gpus)
@@ -182,7 +182,7 @@ def annotate(
             progress.follow(engine or annotate_pool(run, settings, failures), factory, todo, stop, show)
         if not progress.errors:
             for folder in folders:
-                # Rows of a shard that is not annotated wait until its images are made again.
+                # Staged rows of a shard that is not annotated are kept until its images are made again.
                 if folder.staging.shards() <= folder.commits.done():
                     folder.staging.clear()
         return progress.report(specs, failures.max_ratio)
@@ -190,9 +190,9 @@ def annotate(
 
 @dataclass(frozen=True)
 class _Shards(Sequence[Shard]):
-    """The shards of a pass by their numbers: an object is made when one is asked for, since there may be a million.
+    """The shards of a pass, by number. Objects are created on access, since there may be a million.
 
-    `num_rows` has those of every shard of the run.
+    num_rows: the number of rows of every shard of the run.
     """
 
     numbers: array[int]
@@ -209,13 +209,13 @@ class _Shards(Sequence[Shard]):
         if isinstance(position, slice):
             return _Shards(self.numbers[position], self.num_rows)
         number = self.numbers[position]
-        # An annotator needs no prompts.
+        # Annotators read no prompts, so the file range has no file.
         return Shard(index=number, parts=(FileRange(uri="", name="", start=0, num_rows=self.num_rows[number]),))
 
 
 @dataclass
 class _Pass:
-    """One call: the shards that it annotates, and the way to its report."""
+    """One call of `annotate`: its shards, their execution and the report."""
 
     run: SavedRun
     folders: Sequence[AnnotationFolder]
@@ -239,7 +239,7 @@ class _Pass:
         stop: Stop,
         show: Callable[[Snapshot], None] | None,
     ) -> None:
-        """Run shards and report on them. Raises: Interrupted if a stop left some of them."""
+        """Run shards and show the progress. Raises: Interrupted if a stop left shards undone."""
         progress = Progress(
             self.run.store,
             len(todo),
@@ -262,7 +262,7 @@ class _Pass:
             raise Interrupted(f"{stop.reason}: {num_settled} of {len(todo)} shards were annotated now; {stop.advice}")
 
     def _expected(self, shard: int) -> int:
-        """Return the images of a shard, as far as its rows do not say otherwise."""
+        """Return the expected number of images of a shard; single rows may ask for another number."""
         return self.run.outline.num_rows[shard] * self.run.config.sampling.num_images_per_prompt
 
     def report(self, specs: Sequence[AnnotatorSpec], max_failed_ratio: float) -> AnnotateReport:
@@ -279,7 +279,7 @@ class _Pass:
 
 
 def _failures(config: JobConfig, settings: Sequence[str]) -> FailuresConfig:
-    """Return the failures section of a run with KEY=VALUE settings of `--failures`. Raises: JobError."""
+    """Return the failures section of a run, overridden by the KEY=VALUE settings of `--failures`. Raises: JobError."""
     try:
         return JobConfig.from_yaml(config.to_yaml(), "job.yaml", [f"failures.{each}" for each in settings]).failures
     except JobError as error:
@@ -288,13 +288,13 @@ def _failures(config: JobConfig, settings: Sequence[str]) -> FailuresConfig:
 
 
 def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorSpec]) -> None:
-    """Raise PlanMismatch if other annotators or options began one of these names; opens nothing.
+    """Raise PlanMismatch if one of these names was begun by another annotator or other options.
 
-    Raises: JobError for an option that an annotator does not have.
+    No annotator is opened. Raises: JobError for an option that an annotator does not have.
     """
     for folder, spec in zip(folders, specs, strict=True):
         if (saved := read_identity(folder)) is not None:
-            # Others may be options that change no results.
+            # All other options may be ones that change no results.
             given = spec.identity["options"]
             unknown = changing_options(spec, given.keys() - saved["options"].keys())
             options = {key: value for key, value in given.items() if key in saved["options"] or key in unknown}
@@ -302,14 +302,14 @@ def _check_begun(folders: Sequence[AnnotationFolder], specs: Sequence[AnnotatorS
 
 
 def _prepare(folder: AnnotationFolder, *, retry_failed: bool, anew: bool) -> None:
-    """Remove what shall be made again; needs the lease."""
+    """Remove the annotations that are to be made again; needs the lease."""
     if anew:
         folder.remove()
     elif retry_failed:
         for commit in folder.commits.read_all(sorted(folder.commits.done())):
             if commit.num_failed:
                 folder.revert(commit.shard, keep_failed=False)
-        folder.remove_staged_failures()  # of shards that a killed pass did not commit
+        folder.remove_staged_failures()  # rows of shards that a killed pass did not commit
     folder.remove_uncommitted()
 
 
@@ -333,12 +333,12 @@ def _counts(spec: AnnotatorSpec, folder: AnnotationFolder) -> _Counts:
 
 
 def _examples(folder: AnnotationFolder, first: Mapping[str, int]) -> dict[str, str]:
-    """Return the key and message of an image for each reason; `first` are shards by reason."""
+    """Return the key and message of an image for each reason. first: a shard by reason."""
     examples: dict[str, str] = {}
     for name, shard in sorted(first.items())[:_MAX_EXAMPLES]:
         try:
             rows = folder.read(shard).select(["key", "error_type", "error_message"]).to_pylist()
-        except (NotFound, *DECODE_ERRORS):  # damaged, which `verify` finds: an example is not worth a pass
+        except (NotFound, *DECODE_ERRORS):  # damaged, which `verify` reports: a missing example must not fail the pass
             continue
         row = next((each for each in rows if each["error_type"] == name), None)
         if row is not None:
@@ -347,7 +347,7 @@ def _examples(folder: AnnotationFolder, first: Mapping[str, int]) -> dict[str, s
 
 
 def annotate_pool(run: SavedRun, settings: AnnotateSettings, failures: FailuresConfig) -> Engine:
-    """Return a pool of Ray actors; no shard is begun by a second worker, since an annotator may cost money."""
+    """Return a pool of Ray actors. No shard runs twice at the end of a pass, since an annotator may cost money."""
     if not joins_cluster():
         keep_environment()
     from flux_batch.engine.ray_pool import RayPool

@@ -1,4 +1,4 @@
-"""The command line of `annotate`: its arguments, and what it prints."""
+"""The command line of `annotate`: its arguments and its output."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def add_annotate(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of `failures`, as max_ratio=0.1 (default: those of the run)",
+        help="a setting of `failures`, such as max_ratio=0.1 (default: those of the run)",
     )
     command.add_argument("--runtime-env", metavar="FILE", help="Ray's runtime_env of the workers, in YAML or JSON")
     command.add_argument("--retry-failed", action="store_true", help="annotate images without values again")
-    command.add_argument("--anew", action="store_true", help="remove what is there of these names first")
+    command.add_argument("--anew", action="store_true", help="first remove the existing annotations of these names")
     command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def run_annotate(
     arguments: argparse.Namespace, storage_options: dict[str, Any], show: Callable[[Snapshot], None] | None
 ) -> AnnotateReport:
-    """Annotate as the arguments say. `show` is called every second with the figures."""
+    """Annotate with these arguments. `show` is called every second with the figures."""
     from flux_batch.config.text import read_pairs
     from flux_batch.dataset.annotate import annotate
     from flux_batch.dataset.annotators.load import parse_specs

@@ -1,7 +1,4 @@
-"""The images of a shard in batches, and the rows that one annotator makes.
-
-Knows the output and one open annotator; does not know threads, engines or other annotators.
-"""
+"""The images of a shard in batches, and the rows of one annotator for them."""
 
 from __future__ import annotations
 
@@ -36,16 +33,16 @@ from flux_batch.output.staging import StagedImage
 from flux_batch.records import Attempt, Commit, StoredFile
 from flux_batch.report.saved_run import SavedRun
 
-# Rows wait so long, in seconds, until they are staged together: quick annotators would else wait for the storage.
+# Seconds for which rows are collected before they are staged: fast annotators would otherwise wait for the storage.
 STAGE_AFTER_S = 2.0
-# A row fails once that many workers were lost, each while it made only this row.
+# A row fails after this number of workers were lost while they made only this row.
 _MAX_LOSSES_ALONE = 2
 _MAX_MESSAGE_LENGTH = 1000
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Records of images, their encoded bytes and, once decoded, the images; an error where there is none."""
+    """Records of images, their bytes and, after decoding, the images or errors in their place."""
 
     number: int
     records: Sequence[Mapping[str, Any]]
@@ -53,21 +50,22 @@ class ImageBatch:
     images: Sequence[Image.Image | Exception] = ()
 
     def decoded(self, threads: Executor) -> ImageBatch:
-        """Return the batch with its images."""
+        """Return the batch with its decoded images."""
         return replace(self, images=list(threads.map(decoded_image, self.data)))
 
 
 def read_batches(
     run: SavedRun, shard: int, records: Sequence[Mapping[str, Any]], size: int, scratch: Path
 ) -> Iterator[ImageBatch]:
-    """Yield the images of a committed shard in batches, in the order of their records; None for other bytes.
+    """Yield the images of a committed shard in batches, in the order of their records.
 
+    An image whose bytes are not the recorded ones is None.
     Raises: FluxBatchError if its files are damaged.
     """
     try:
         images = run.images(shard, scratch)
         hashes = {record["key"]: record["sha256"] for record in records}
-        ahead: dict[str, bytes | None] = {}  # nothing, unless somebody has sorted the file
+        ahead: dict[str, bytes | None] = {}  # images out of order; empty unless a file was rewritten in another order
         for number, first in enumerate(range(0, len(records), size)):
             batch = records[first : first + size]
             missing = {record["key"] for record in batch} - set(ahead)
@@ -88,10 +86,10 @@ def read_batches(
 
 @dataclass
 class ShardAnnotation:
-    """One attempt of one annotator at a shard: `rows` by key, each with its values or with the reason for none.
+    """One attempt of one annotator at a shard. `rows`: by key, each with its values or the reason why it has none.
 
-    After a worker was lost on the shard, each batch is marked as started and staged before the next. A batch whose mark
-    was left behind is made last, one image at a time; an image whose mark was left behind twice fails.
+    After a worker was lost on the shard, each batch is marked as started, and staged before the next one. A batch whose
+    mark was left behind is made last, one image at a time; an image whose mark was left behind twice fails.
     """
 
     folder: AnnotationFolder
@@ -114,7 +112,7 @@ class ShardAnnotation:
 
     @property
     def has_losses(self) -> bool:
-        """True if a worker was lost while it made a row of this shard."""
+        """True if a worker was lost while it made rows of this shard."""
         return bool(self._losses)
 
     def adopt_staged(self) -> None:
@@ -127,7 +125,7 @@ class ShardAnnotation:
                     row = unpack_staged_row(one, self._schema)
                     if row is not None:
                         self.rows.setdefault(one.key, row)
-        if not self.attempt.reverse_order:  # a mark of the other worker, which is at it now, may be no loss
+        if not self.attempt.reverse_order:  # a mark may belong to the other worker, which works on this shard now
             for key in self._hashes:
                 if self._losses[key] >= _MAX_LOSSES_ALONE and key not in self.rows:
                     self._add(key, _reason("WorkerLost", self._lost(self._losses[key])))
@@ -138,16 +136,16 @@ class ShardAnnotation:
 
     @property
     def has_suspects(self) -> bool:
-        """True if a row is missing that may have killed a worker."""
+        """True if a row that may have killed a worker is still missing."""
         return any(key not in self.rows for key in self._suspects)
 
     def wants(self, batch: ImageBatch, *, alone: bool) -> bool:
-        """Return whether rows of a batch are missing; of suspects if it is made `alone`, else of the others."""
+        """Return whether rows of a batch are missing: rows of suspects if `alone`, else all other rows."""
         keys = (record["key"] for record in batch.records)
         return any(key not in self.rows and (key in self._suspects) == alone for key in keys)
 
     def annotate(self, batch: ImageBatch, worker: str, *, alone: bool, is_isolated: bool) -> Counter[str]:
-        """Make the rows of a batch. Returns: the number without values, by the reason. Raises: DeviceFatal."""
+        """Make the rows of a batch. Returns: the number of rows without values, by reason. Raises: DeviceFatal."""
         staging = self.folder.staging
         label = batch.records[0]["key"] if alone else f"b{batch.number}"
         mark = staging.mark_started(self.shard, label, worker) if is_isolated else ""
@@ -156,7 +154,7 @@ class ShardAnnotation:
             outcomes = self._call(batch)
         except DeviceFatal:
             self.stage()
-            raise  # this process ends, so the mark stays as that of a lost one
+            raise  # this process ends, and its mark stays like that of a lost worker
         except BaseException:
             if mark:
                 staging.unmark(mark)
@@ -175,13 +173,13 @@ class ShardAnnotation:
         return failed
 
     def stage(self) -> None:
-        """Stage the rows that wait for it."""
+        """Stage the collected rows."""
         if self._pending:
             self.folder.staging.put(self.shard, self._pending)
             self._pending = []
 
     def publish(self, worker: str, images: Commit) -> Commit:
-        """Write the file and the commit, then empty the staging folder. Returns: the commit that stands."""
+        """Write the file and the commit, then empty the staging folder. Returns: the stored commit."""
         rows = [self.rows[record["key"]] for record in self.records]
         path, store = self.folder.file(self.shard), self.folder.run.store
         data = pack_annotations(rows, self._schema)
@@ -210,7 +208,7 @@ class ShardAnnotation:
         return commit
 
     def _call(self, batch: ImageBatch) -> list[dict[str, Any] | Exception]:
-        """Return values or an error for each image; those that cannot be decoded never reach the annotator."""
+        """Return values or an error for each image; the annotator never gets images that cannot be decoded."""
         good = [number for number, image in enumerate(batch.images) if not isinstance(image, Exception)]
         images: list[Any] = [batch.images[number] for number in good]
         rows = self.annotator.checked.rows(images, [batch.records[number] for number in good]) if good else []

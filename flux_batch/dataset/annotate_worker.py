@@ -1,7 +1,7 @@
-"""The work on a shard that is annotated: its images, read once, through every annotator, to a file and commit of each.
+"""The worker of an annotation pass: it reads a shard's images once and calls every annotator on them.
 
-It has the two halves of every worker: `make` ends with the last row, `finish` publishes them. Knows the output and open
-annotators; does not know where it runs.
+Each annotator gets its own file and commit. The work has the two halves of every worker: `make` ends with the last row,
+`finish` publishes the rows.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from flux_batch.telemetry import LOADING, Heartbeat, Metrics, ShardCount
 
 log = logging.getLogger(__name__)
 
-# Threads that decode the images of the next batch while annotators have this one.
+# The number of threads that decode the next batch while annotators work on the current one.
 _DECODERS = 4
 _FIRST_ATTEMPT = Attempt()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateFactory:
-    """The settings of a worker; pickles small, so that models are loaded where their device is."""
+    """The settings of a worker. Its pickle is small, since models are loaded later, on the worker."""
 
     output: str
     storage_options: Mapping[str, Any]
@@ -49,7 +49,7 @@ class AnnotateFactory:
     failures: FailuresConfig
 
     def open(self) -> AnnotateWorker:
-        """Open the annotators, and check that they are those that began. Raises: JobError, PlanMismatch."""
+        """Open the annotators and check their identity against existing annotations. Raises: JobError, PlanMismatch."""
         sweep_scratch()
         run = SavedRun.open(Store(self.output, self.storage_options, RetryPolicy(self.failures.outage_s, LOADING.beat)))
         annotators = [open_annotator(spec) for spec in self.specs]
@@ -59,7 +59,7 @@ class AnnotateFactory:
 
 
 def _settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> None:
-    """Write down what makes the annotations of a name. Raises: PlanMismatch if something else began them."""
+    """Write the identity of an annotation's annotator. Raises: PlanMismatch if another annotator has begun it."""
     store = folder.run.store
     try:
         store.put_if_absent(folder.identity, json.dumps(identity, indent=1).encode())
@@ -68,7 +68,7 @@ def _settle_identity(folder: AnnotationFolder, identity: Mapping[str, Any]) -> N
 
 
 def read_identity(folder: AnnotationFolder) -> dict[str, Any] | None:
-    """Read what began annotations; None if nothing did. Raises: DamagedObject, StoreError."""
+    """Read the identity of an annotation's annotator; None if it was not begun. Raises: DamagedObject, StoreError."""
     store = folder.run.store
     try:
         saved = json.loads(store.read(folder.identity))
@@ -78,11 +78,11 @@ def read_identity(folder: AnnotationFolder) -> dict[str, Any] | None:
         saved = None
     if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
         raise DamagedObject(f"{store.url(folder.identity)}: is damaged; make these annotations again, with --anew")
-    return {**saved, "options": public_tree(saved["options"], "options")}  # the first had them as they were given
+    return {**saved, "options": public_tree(saved["options"], "options")}  # the first versions stored secrets as given
 
 
 def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise PlanMismatch with every difference between what began annotations and what is asked for now."""
+    """Raise PlanMismatch with every difference between the saved annotator and the requested one."""
     changed = [f"  {key}: {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key]]
     if changed:
         raise PlanMismatch(
@@ -92,7 +92,7 @@ def check_identity(folder: AnnotationFolder, saved: Mapping[str, Any], now: Mapp
 
 
 class AnnotateWorker:
-    """Open annotators with an output, which annotate one shard after the other."""
+    """Open annotators and an output; it annotates one shard after the other."""
 
     def __init__(self, factory: AnnotateFactory, run_name: str, annotators: Sequence[OpenAnnotator]) -> None:
         self.metrics = Metrics(f"{run_name}:annotate")
@@ -105,13 +105,13 @@ class AnnotateWorker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def make(self, shard: Shard, attempt: Attempt = _FIRST_ATTEMPT) -> _MadeAnnotations:
-        """Annotate the images of a shard by every annotator that has no commit of it.
+        """Annotate the images of a shard with every annotator that has not committed it.
 
-        Raises: Stopped after stop(), with the rows that are there in the staging area.
+        Raises: Stopped after stop(), when the finished rows are staged.
         """
         started = time.monotonic()
         with self._heartbeat.busy("make"):
-            images = self._run.commits.read(shard.index)  # first, so that `publish` sees whether they have changed
+            images = self._run.commits.read(shard.index)  # read first, so that `publish` sees later changes
             records = [row for row in self._run.metadata(shard.index) if row["status"] == "success"]
             folders = [AnnotationFolder(self._run.folder, one.spec.name) for one in self._annotators]
             todo = [
@@ -127,7 +127,7 @@ class AnnotateWorker:
             return _MadeAnnotations(self, images, todo, started)
 
     def stop(self) -> None:
-        """Stop after the batch in hand, and annotate no other shard."""
+        """Stop after the current batch, and annotate no other shard."""
         self._stop.request()
 
     def idle_s(self) -> float:
@@ -135,9 +135,9 @@ class AnnotateWorker:
         return self._heartbeat.idle_s()
 
     def publish(self, images: Commit, todo: Sequence[ShardAnnotation]) -> list[Commit]:
-        """Write the file and the commit of each annotation; return the commits that count.
+        """Write the file and the commit of each annotation. Returns: the stored commits.
 
-        images: the commit of the images that were annotated. Raises: FluxBatchError if they were made again since.
+        images: the commit of the annotated images. Raises: FluxBatchError if they were made again meanwhile.
         """
         now = self._run.commits.find(images.shard)
         if now is None or now.files != images.files:
@@ -152,13 +152,13 @@ class AnnotateWorker:
         return commits
 
     def finishing(self) -> AbstractContextManager[None]:
-        """Return a context in which signs of progress of the second half are expected."""
+        """Return a context in which the second half must report progress."""
         return self._heartbeat.busy("finish")
 
     def _annotate(
         self, shard: int, records: Sequence[Mapping[str, Any]], todo: Sequence[ShardAnnotation], attempt: Attempt
     ) -> None:
-        """Make the rows that are left: first those of whole batches, then those that may have killed a worker."""
+        """Make the missing rows: first whole batches, then the rows that may have killed a worker."""
         for one in todo:
             one.adopt_staged()
         num_adopted = min((len(one.rows) for one in todo), default=0)
@@ -176,7 +176,7 @@ class AnnotateWorker:
     def _batches(
         self, shard: int, records: Sequence[Mapping[str, Any]], todo: Sequence[ShardAnnotation], *, alone: bool
     ) -> Generator[ImageBatch]:
-        """Yield the batches that an annotation wants, each decoded while the one before is annotated."""
+        """Yield the batches with missing rows; each is decoded while the one before it is annotated."""
         if all(len(one.rows) == len(records) for one in todo):
             return
         size = 1 if alone else self._factory.batch_size
@@ -208,7 +208,7 @@ class AnnotateWorker:
                 self._heartbeat.beat("make")
 
     def _put_aside(self, todo: Sequence[ShardAnnotation]) -> None:
-        """Stage what is there. Raises: Stopped."""
+        """Stage the finished rows, then raise Stopped."""
         for one in todo:
             one.stage()
         raise Stopped(f"shard {todo[0].name}: stopped with {sum(len(one.rows) for one in todo)} rows")
@@ -216,7 +216,7 @@ class AnnotateWorker:
 
 @dataclass(frozen=True)
 class _MadeAnnotations:
-    """A shard whose rows are made; `finish` may run on another thread while the next shard is annotated."""
+    """A shard with finished rows. `finish` may run in another thread while the next shard is annotated."""
 
     worker: AnnotateWorker
     images: Commit

@@ -1,4 +1,4 @@
-"""The commands `select`, `export` and `publish`: parse, call, say; heavy imports wait until then."""
+"""The commands `select`, `export` and `publish`: arguments, call, output. Heavy imports happen in the call."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def add_select(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `select`."""
     command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
     command.add_argument("name", metavar="NAME", help="the name of the selection")
-    command.add_argument("--where", metavar="EXPRESSION", help="keep what is true, as clip > 0.27 (DuckDB's words)")
+    command.add_argument("--where", metavar="EXPRESSION", help="keep images if true, e.g. clip > 0.27 (DuckDB's SQL)")
     command.add_argument("--keys", metavar="FILE", help="keep these keys: one a line, CSV, JSON or Parquet")
     command.add_argument("--dedup", metavar="phash|COLUMN", help="keep the best of near-duplicates")
-    command.add_argument("--distance", type=float, metavar="D", help="near: so many bits (10), or 1 - cosine (0.05)")
-    command.add_argument("--top", type=int, metavar="N", help="keep the best N by --by")
-    command.add_argument("--by", metavar="EXPRESSION", help="the greater the better; write --by=-noise for the least")
-    command.add_argument("--within", metavar="EXPRESSION", help="keep the best N of each such group")
+    command.add_argument("--distance", type=float, metavar="D", help="limit of --dedup: bits (10) or 1 - cosine (0.05)")
+    command.add_argument("--top", type=int, metavar="N", help="keep the N images with the greatest --by")
+    command.add_argument("--by", metavar="EXPRESSION", help="greater is better; --by=-noise prefers the least")
+    command.add_argument("--within", metavar="EXPRESSION", help="keep the best N of each group with the same value")
     command.add_argument("--take", type=int, metavar="N", help="keep exactly N, drawn by hash")
-    command.add_argument("--split", metavar="NAME=SHARE,...", help="splits, as train=0.9,test=0.1 (default train=1)")
-    command.add_argument("--stratify", metavar="EXPRESSION", help="each split has its share of each such group")
-    command.add_argument("--replace", action="store_true", help="replace another selection of that name")
+    command.add_argument("--split", metavar="NAME=SHARE,...", help="splits: train=0.9,test=0.1 (default train=1)")
+    command.add_argument("--stratify", metavar="EXPRESSION", help="split each group of equal values by the same shares")
+    command.add_argument("--replace", action="store_true", help="replace an existing selection of that name")
     command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
-    command.add_argument("dest", metavar="DEST", help="a folder or an address, for this export alone")
+    command.add_argument("dest", metavar="DEST", help="a folder or an address, used only for this export")
     _add_images(command, ["webdataset", "files", "parquet", "lance"])
     command.add_argument(
         "--dest-option", action="append", default=[], metavar="KEY=VALUE", help="fsspec option of DEST; repeatable"
@@ -47,20 +47,20 @@ def add_export(command: argparse.ArgumentParser) -> None:
 def add_publish(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `publish`."""
     command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
-    command.add_argument("dest", metavar="hf://datasets/OWNER/NAME", help="a data set of the Hub, new or there")
+    command.add_argument("dest", metavar="hf://datasets/OWNER/NAME", help="a data set of the Hub, new or existing")
     _add_images(command, ["parquet", "webdataset"])
-    command.add_argument("--private", action="store_true", help="if the data set is new, nobody else sees it")
+    command.add_argument("--private", action="store_true", help="if the data set is new, make it private")
 
 
 def _add_images(command: argparse.ArgumentParser, formats: list[str]) -> None:
     command.add_argument("--selection", metavar="NAME", help="the images of a selection (default: all)")
     command.add_argument("--format", choices=formats, default=formats[0], help=f"default {formats[0]}")
-    command.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard (default 1000)")
+    command.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images in a shard (default 1000)")
     command.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink larger images (default: copy bytes)")
     command.add_argument(
-        "--finish", metavar="MODULE:FUNCTION", help="the last hand on every image: a watermark, a signature"
+        "--finish", metavar="MODULE:FUNCTION", help="a function applied to every image: a watermark, a signature"
     )
-    command.add_argument("--license", metavar="ID", help="the Hub's word for the licence of the images, as cc-by-4.0")
+    command.add_argument("--license", metavar="ID", help="the Hub's id of the images' licence, such as cc-by-4.0")
     command.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 
@@ -111,7 +111,7 @@ def select_command(arguments: argparse.Namespace, options: dict[str, Any]) -> st
 
 
 def _shares(text: str) -> dict[str, float]:
-    """Read train=0.9,test=0.1. Raises: JobError."""
+    """Parse train=0.9,test=0.1. Raises: JobError."""
     shares: dict[str, float] = {}
     for pair in text.split(","):
         name, _, share = pair.strip().partition("=")

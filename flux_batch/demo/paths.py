@@ -1,4 +1,4 @@
-"""The paths of the demo job, its model and its LoRAs in the package; knows nothing of their content."""
+"""The paths of the demo job, its model and its LoRAs in the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo_job_path() -> Path:
 def demo_lora_path(name: str) -> Path:
     """Return the path of a LoRA of the demo model.
 
-    name: `blueprint`, in PEFT's layout, which draws any prompt in white on blue; `flux-canny` or `flux-kontext`, in
-    that of BFL's control LoRAs, by which the model reads edges, or an image to edit.
+    name: `blueprint`, in PEFT's layout, draws any prompt in white on blue; `flux-canny` and `flux-kontext`, in the
+    layout of BFL's control LoRAs, make the model read edges, or an image to edit.
     """
     return Path(__file__).parent / "loras" / f"{name}.safetensors"

@@ -1,4 +1,4 @@
-"""The demo prompts: 72 rows in a Parquet file in the package; knows no model.
+"""The demo prompts: 72 rows in a Parquet file in the package.
 
 `python -m flux_batch.demo.prompts` writes the file again.
 """
@@ -36,8 +36,8 @@ def demo_prompts_path() -> Path:
 def prompt_rows() -> list[dict[str, Any]]:
     """Return four categories of sixteen rows, and eight rows with a colour as negative prompt.
 
-    A size, seed or negative prompt of None is left to the job. In each of the four categories two rows are wide, two
-    are high and four have their own seed, so that the demo has every column both filled and empty.
+    For a size, seed or negative prompt of None the job's default applies. In each of the four categories two rows are
+    wide, two are high and four have their own seed, so that every column has both values and nulls.
     """
     rng = random.Random(_SEED)
     rows: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def prompt_rows() -> list[dict[str, Any]]:
 
 
 def _make_row(number: int, category: str, prompt: str) -> dict[str, Any]:
-    """Return a row that leaves all columns but its prompt to the job."""
+    """Return a row with a prompt only; the job's defaults apply to all other columns."""
     nothing = dict.fromkeys(("negative_prompt", "cfg_scale", "width", "height", "seed"))
     return {"id": f"demo-{number:02}", "prompt": prompt, **nothing, "category": category}
 
@@ -72,7 +72,7 @@ def _scene_of(category: str, rng: random.Random) -> Scene:
 
 
 def _words_without_colour(rng: random.Random) -> str:
-    """Return a prompt that leaves all colours open."""
+    """Return a prompt without any colour."""
     return f"a large {pick(rng, SHAPES)} in the centre"
 
 

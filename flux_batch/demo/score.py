@@ -1,6 +1,6 @@
 """The share of the facts of captions that hold in a model's images: `python -m flux_batch.demo.score [--model demo]`.
 
-Renders captions that are held out from training, and reads the images back.
+It renders captions that are held out from training, and reads the images back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--lora", action="append", default=[], help="a LoRA to apply; may be given more than once")
-    parser.add_argument("--captions", type=_positive, default=200, help="how many of the held-out captions")
+    parser.add_argument("--captions", type=_positive, default=200, help="number of held-out captions")
     parser.add_argument("--size", type=_size, default="128x128", metavar="WIDTHxHEIGHT")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.5, help="the guidance value the model embeds")
@@ -117,14 +117,14 @@ def render(
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Return the width and height in WIDTHxHEIGHT, as argparse wants it."""
+    """Parse WIDTHxHEIGHT, for argparse."""
     if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
         raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT, e.g. 128x128")
     return int(match[1]), int(match[2])
 
 
 def _positive(text: str) -> int:
-    """Return a whole number of at least 1, as argparse wants it."""
+    """Parse a whole number of at least 1, for argparse."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)

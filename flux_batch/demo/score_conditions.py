@@ -1,8 +1,8 @@
 """The share of facts that hold under a condition: `python -m flux_batch.demo.score_conditions canny|kontext`.
 
-canny: images are drawn to the edges of scenes that are held out from training, by their captions in full, and by
-captions that do not say places, which only the edges then tell.
-kontext: drawings of such scenes are edited, one fact each. Both by a LoRA on the demo model, and read back.
+canny: images are drawn from the edges of scenes that are held out from training, with full captions, and with captions
+without positions, which then only the edges show.
+kontext: drawings of such scenes are edited, one fact each. Both use a LoRA on the demo model, and images are read back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flux_batch.pipeline.pipeline import FluxImagePipeline
 
 _SIDE = 128
 _BATCH = 8
-# The demo model's guidance, which LoRAs leave as it is; FLUX.1-Canny's own default is 30.
+# The demo model's guidance, which its LoRAs do not change; FLUX.1-Canny's own default is 30.
 _SETTINGS: dict[str, Any] = {
     "width": _SIDE,
     "height": _SIDE,
@@ -38,7 +38,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score a LoRA and print what holds. Returns: the exit code."""
+    """Score a LoRA and print the shares of facts that hold. Returns: the exit code."""
     arguments = parse_arguments(argv)
     try:
         (_score_canny if arguments.condition == "canny" else _score_kontext)(arguments)
@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("condition", choices=("canny", "kontext"))
     parser.add_argument("--model", default="demo", help="folder or URI of a model trained on the demo's world")
     parser.add_argument("--lora", help="a LoRA that the training wrote, instead of the one in the package")
-    parser.add_argument("--images", type=int, default=100, help="how many scenes, or edits")
+    parser.add_argument("--images", type=int, default=100, help="number of scenes or edits")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the condition beside each image there")
     arguments = parser.parse_args(argv)
     if arguments.images < 1:
@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _score_canny(arguments: argparse.Namespace) -> None:
-    """Draw to edges by captions with and without places; print the share of all facts by kind."""
+    """Draw from edges with captions with and without positions; print the share of all facts by kind."""
     pipeline = FluxImagePipeline.from_pretrained(arguments.model, torch_dtype="float32")
     pipeline.load_lora(arguments.lora or demo_lora_path("flux-canny"))
     scenes = [caption.scene for caption in captions(arguments.images, SCORED_SEED, held_out=True)]
@@ -100,7 +100,7 @@ def score_edits(chosen: Sequence[Edit], images: Sequence[Image.Image]) -> tuple[
     edited: list[Fact] = []
     kept: list[Fact] = []
     for edit, image in zip(chosen, images, strict=True):
-        # The same facts in the same order before and after: an edit changes what one of them says.
+        # Before and after have the same facts in the same order: an edit changes the value of one.
         before = score(Caption(text="", scene=edit.before), image)
         for old, new in zip(before, score(Caption(text="", scene=edit.after), image), strict=True):
             (kept if old.said == new.said else edited).append(new)

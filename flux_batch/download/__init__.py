@@ -1,1 +1,1 @@
-"""Downloads of models, from hubs and buckets: whole or not at all."""
+"""Downloads of models from hubs and buckets: complete or not at all."""

@@ -1,6 +1,6 @@
 """Repositories of Hugging Face and ModelScope: their lists of files with addresses and hashes, and downloads by name.
 
-Raises ValueError for what another try will not change, ConnectionError for what it may.
+Errors that a retry cannot fix are raised as ValueError, all others as ConnectionError.
 Sources: huggingface_hub; modelscope/modelscope e68c327, modelscope/hub/file_download.py, and
 dragonflyoss/client (the bearer token) for ModelScope, whose own client would bring half a framework.
 """
@@ -45,9 +45,9 @@ class _HubFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at one revision; `commit` is empty where the hub names none.
+    """A repository at one revision; `commit` is "" if the hub reports none.
 
-    `headers` belong to every request for its files, and are secret.
+    `headers` must be sent with every request for its files, and are secret.
     """
 
     name: str
@@ -77,7 +77,7 @@ class HubUri:
 
 
 def is_repository_name(text: str) -> bool:
-    """Return whether a text is `owner/repository`, possibly with `@revision`."""
+    """Return whether a text is `owner/repository`, optionally with `@revision`."""
     name, _, revision = text.partition("@")
     return bool(_REPOSITORY.fullmatch(name)) and "/" not in revision
 
@@ -85,8 +85,8 @@ def is_repository_name(text: str) -> bool:
 def list_huggingface(repository: str, revision: str = "main", token: str | None = None) -> Repository:
     """List the files of a repository of Hugging Face, or of the hub in HF_ENDPOINT.
 
-    token: without it HF_TOKEN, then that of `hf auth login`. All files are of one commit.
-    Raises: ValueError if it is not there, gated, or HF_HUB_OFFLINE is set; ConnectionError.
+    token: None takes HF_TOKEN, else the token of `hf auth login`. All files are of one commit.
+    Raises: ValueError if it does not exist or is gated, or if HF_HUB_OFFLINE is set; ConnectionError.
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 
@@ -106,7 +106,7 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
             )
             for file in info.siblings or []
         )
-        # Everyone may list a gated repository; only a request for a file shows who may read it.
+        # Anyone can list a gated repository; only a request for a file shows whether the token may read it.
         for file in sorted(files, key=lambda file: -(file.size or 0))[:1]:
             get_hf_file_metadata(file.url, token=token, endpoint=endpoint, timeout=_TIMEOUT_S)
     return Repository(repository, page, _bearer(token), files, info.sha or "")
@@ -115,13 +115,13 @@ def list_huggingface(repository: str, revision: str = "main", token: str | None 
 def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> Path:
     """Download files of a repository into Hugging Face's cache, and return its snapshot folder.
 
-    Files that are there are not read again. Raises: as list_huggingface, and OSError for a disk that says no.
+    Files that are already there are not read again. Raises: the errors of list_huggingface; OSError of the disk.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # a module of that name hides it
 
     class Bar(tqdm):
-        """The hub's progress bar, shown or not; each step is a sign of life."""
+        """The hub's progress bar, shown or not; each step also counts as progress of this process."""
 
         def update(self, n: float | None = 1) -> bool | None:
             """Add files or bytes."""
@@ -137,7 +137,7 @@ def download_snapshot(repository: str, revision: str, names: Sequence[str]) -> P
 
 
 def cached_file(repository: str, name: str, revision: str) -> Path | None:
-    """Return a file of a repository in Hugging Face's cache; None if it is not there."""
+    """Return the path of a repository's file in Hugging Face's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, name, revision=revision)
@@ -159,8 +159,8 @@ def _huggingface_endpoint() -> str:
 def list_modelscope(repository: str, revision: str = "master", token: str | None = None) -> Repository:
     """List the files of a repository of ModelScope, or of the server in MODELSCOPE_ENDPOINT.
 
-    token: without it MODELSCOPE_API_TOKEN; public repositories need none.
-    Raises: ValueError if it is not there or may not be read; ConnectionError.
+    token: None takes MODELSCOPE_API_TOKEN; public repositories need none.
+    Raises: ValueError if it does not exist or may not be read; ConnectionError.
     """
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT", _MODELSCOPE).rstrip("/")
     token = token or os.environ.get("MODELSCOPE_API_TOKEN")
@@ -186,7 +186,7 @@ def list_modelscope(repository: str, revision: str = "master", token: str | None
 
 
 def _bearer(token: str | None) -> dict[str, str]:
-    """Return the header that carries a token."""
+    """Return the header with a token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
@@ -194,7 +194,7 @@ def _read_json(url: str, headers: dict[str, str], page: str) -> Any:
     """Read a JSON answer. Raises: ValueError, ConnectionError."""
     request = Request(url)
     for key, value in headers.items():
-        request.add_unredirected_header(key, value)  # a token is not for whoever the answer points to
+        request.add_unredirected_header(key, value)  # a redirect must not get the token
     try:
         with urlopen(request, timeout=_TIMEOUT_S) as response:
             return json.load(response)
@@ -215,7 +215,7 @@ def _read_json(url: str, headers: dict[str, str], page: str) -> Any:
 
 @contextmanager
 def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[None]:
-    """Run the block, and turn errors of huggingface_hub into a ValueError or ConnectionError."""
+    """Run the block and translate errors of huggingface_hub into ValueError or ConnectionError."""
     from huggingface_hub import errors
 
     try:
@@ -242,9 +242,9 @@ def _huggingface_errors(repository: str, revision: str, page: str) -> Iterator[N
     except (ConnectionError, ValueError):
         raise
     except Exception as error:
-        if is_full(error) or is_refusal(error):  # by the disk
+        if is_full(error) or is_refusal(error):  # errors of the disk
             raise
-        # Its HTTP client has changed its name and its errors twice; told by module, so that none has to be imported.
+        # The HTTP client of huggingface_hub has changed twice. The module of an error shows it without an import.
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "requests"}:
             cause = error.__cause__ or error
             reason = one_line(cause)

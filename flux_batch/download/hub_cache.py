@@ -1,7 +1,7 @@
 """Repositories of Hugging Face in its own cache, which other programs share: fetched by huggingface_hub, checked here.
 
-A manifest in the cache of this package says where a copy lies and which bytes were checked, so that the copy is used
-without asking the hub. HF_HOME, HF_HUB_CACHE and HF_TOKEN mean what they mean to every program.
+A manifest in the cache of this package says where a copy lies and which bytes were checked, so that the copy can be
+used without a request to the hub. HF_HOME, HF_HUB_CACHE and HF_TOKEN have their usual meaning.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from flux_batch.storage.retry import with_retries
 
 
 def repository_cache_dir(hub: HubUri) -> Path:
-    """Return the folder of the manifest that an address of a repository has."""
+    """Return the folder of the manifest for an address of a repository."""
     return cache_dir_of(f"{HF_SCHEME}{hub.repository}@{hub.revision}/{hub.path}", {})
 
 
 def find_repository(hub: HubUri) -> Path | None:
-    """Return the local folder of a model's address, None if it is not whole.
+    """Return the local folder of a model's address; None if it is incomplete.
 
-    The address may name a part of the model. The hub is not asked. A model that another program has
-    fetched counts if it is whole as far as file names tell.
+    The address may name a part of the model. No request is sent to the hub. A model that another program has fetched
+    counts if it is complete by its file names.
     """
     cache_dir = repository_cache_dir(hub)
     if found := current_snapshot(cache_dir):
         return found
-    # A download of ours that was killed may lack what names do not tell.
+    # A killed download of ours may be incomplete although its file names are complete.
     return None if hub.path or (cache_dir / LOCK).exists() else _find_model(hub)
 
 
 def _find_model(hub: HubUri) -> Path | None:
-    """Return a repository's folder in Hugging Face's cache, if a whole model is there."""
+    """Return a repository's folder in Hugging Face's cache; None unless it holds a complete model."""
     index = cached_file(hub.repository, "model_index.json", hub.revision)
     return None if index is None or missing_components(file_names(index.parent)) else index.parent
 
 
 def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
-    """Fetch the listed files of a repository's `folder`, and return it in Hugging Face's cache.
+    """Fetch the listed files of a repository's `folder` into Hugging Face's cache; return its path.
 
-    Files that are there are not fetched again; each is checked by size and hash once.
+    Existing files are not fetched again; each is checked by size and hash once.
     Raises: DiskFull if the disk is too small, StoreError for a file that arrives damaged or not at all.
     """
     names = {file: f"{folder}/{file.name}".lstrip("/") for file in listing.files}
@@ -81,7 +81,7 @@ def fetch_repository(hub: HubUri, listing: Listing, folder: str) -> Path:
 
 
 def _check_files(listing: Listing, folder: Path, checked: Mapping[str, KeptFile]) -> dict[str, str]:
-    """Return the sha256 of every file listed; those of `checked` with the same bytes are not read.
+    """Return the sha256 of every listed file; files that are unchanged since `checked` are not read.
 
     Raises: StoreError for a damaged file, which is removed.
     """
@@ -92,7 +92,7 @@ def _check_files(listing: Listing, folder: Path, checked: Mapping[str, KeptFile]
             return kept.sha256
         if sha256 := sha256_if_same(path, file):
             return sha256
-        path.resolve().unlink(missing_ok=True)  # the bytes, which a link names
+        path.resolve().unlink(missing_ok=True)  # the file that the link points to
         path.unlink(missing_ok=True)
         raise StoreError(
             f"{listing.uri}: {file.name} arrived damaged: it should have {file.size} bytes with {file.content}; "

@@ -1,16 +1,16 @@
-"""Copies of remote folders on this machine: made once, by one process, whole or not at all; knows no model.
+"""Local copies of remote folders, made once, by one process, complete or not at all.
 
 Each remote folder has a folder of its own in the cache:
 
-    manifest.json           names the snapshot and its files with size and sha256; written last, replaced whole
+    manifest.json           names the snapshot and its files with size and sha256; written last, replaced atomically
     3f2a91c04b7de815/           the snapshot, named after its listing; never changed
-    failed.json             why the last transfer ended early, for those who waited for it
-    3f2a91c04b7de815.partial/   a transfer that is not finished; the next process continues it
+    failed.json             why the last transfer failed, for processes that waited for it
+    3f2a91c04b7de815.partial/   an unfinished transfer; the next process continues it
 
 A copy is used without a request to the remote, however old it is: a warm cache needs no network. `refresh` compares it
-with the listing of the remote and fetches the changed files into a new snapshot, which links the others. The snapshot
-before stays, since other processes may read it; older ones are removed. If the remote cannot be reached then, a warning
-says so and the copy is used.
+with the listing of the remote, and fetches changed files into a new snapshot, which links the unchanged ones. The
+previous snapshot stays, since other processes may be reading it; older ones are removed. If the remote cannot be
+reached for a refresh, a warning says so and the copy is used.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from flux_batch.storage.retry import with_retries
 from flux_batch.telemetry import LOADING
 
 MANIFEST = "manifest.json"
-# Names that file systems have for a value that changes with the bytes.
+# The names by which fsspec's file systems report a value that changes with the bytes.
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified", "created")
-# Our files in a folder that belongs to the user.
+# Our files in a user's own folder.
 LOCK = ".lock"
 _FAILED = "failed.json"
 FOLDER_MANIFEST, FOLDER_LOCK, _FOLDER_PARTIAL = ".flux-batch.json", ".flux-batch.lock", ".flux-batch-partial"
 
-# Longer than two processes that start together wait for each other.
+# Longer than processes that start together normally wait for each other.
 WARN_AFTER_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ _Fetch = Callable[[Listing], Path]
 
 @dataclass(frozen=True)
 class KeptFile:
-    """The facts of a file that was fetched; `content` is the remote's name for its bytes."""
+    """The facts of a fetched file; `content` is the remote's identifier of its bytes."""
 
     size: int
     content: str
@@ -65,9 +65,9 @@ class KeptFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a copy and the address they came from.
+    """The files of a copy and the address that they came from.
 
-    `snapshot`: the copy's folder, relative to that of the manifest, or absolute.
+    `snapshot`: the copy's folder, absolute or relative to the manifest's folder.
     """
 
     uri: str
@@ -85,13 +85,13 @@ class Manifest:
             return None
 
     def write(self, path: Path) -> None:
-        """Write the manifest in one step."""
+        """Write the manifest atomically."""
         scratch = path.with_name(f".{path.name}.new")
         scratch.write_text(json.dumps(asdict(self), indent=1))
         os.replace(scratch, path)
 
     def complete_folder(self, manifest_folder: Path) -> Path | None:
-        """Return the folder if every file has its size; else None."""
+        """Return the copy's folder if every file has the recorded size, else None."""
         folder = manifest_folder / self.snapshot
         is_whole = all(size_of(folder / name) == kept.size for name, kept in self.files.items())
         return folder if is_whole else None
@@ -100,11 +100,11 @@ class Manifest:
 def local_copy(
     cache_dir: Path, list_files: Callable[[], Listing], *, fetch_files: _Fetch | None = None, refresh: bool = False
 ) -> Path:
-    """Return the folder that holds the listed files, fetching them first if need be.
+    """Return the folder that holds the listed files, after fetching missing ones.
 
     `fetch_files`: fetches a listing, writes the manifest and returns the folder; without it, a snapshot is made here.
-    Many processes may call this at once: one fetches, and if it is killed, the next continues.
-    Those who waited for one that fails fail with it: the remote is asked by one process of a machine, and not by each.
+    Many processes may call this at once: one of them fetches, and if it is killed, the next continues. If it fails, all
+    waiting processes fail with its error, so that not every process of a machine asks the remote.
     Raises: StoreError for a remote that cannot be reached, StoreRefused for one that refuses, DiskFull.
     """
     found = current_snapshot(cache_dir)
@@ -115,7 +115,7 @@ def local_copy(
         failed_before = _failure(cache_dir)
         with locked(cache_dir / LOCK, f"fetches {cache_dir.name}"):
             current = current_snapshot(cache_dir)
-            if current and (current != found or not refresh):  # brought by another process, while this one waited
+            if current and (current != found or not refresh):  # fetched by another process while this one waited
                 return current
             if (failed := _failure(cache_dir)) and failed != failed_before:
                 raise failed.as_error()
@@ -125,19 +125,19 @@ def local_copy(
 
 @dataclass(frozen=True)
 class _Failure:
-    """The failure of the process that has fetched last; `id` is another for each."""
+    """The failure of the last process that fetched; `id` is unique."""
 
     kind: str
     message: str
     id: str
 
     def as_error(self) -> StoreError:
-        """Return the error for a process that has waited for the one that failed."""
+        """Return the error for a process that waited for the failed one."""
         return (DiskFull if self.kind == DiskFull.__name__ else StoreError)(self.message)
 
 
 def _failure(cache_dir: Path) -> _Failure | None:
-    """Read how the last fetch failed; None if it did not."""
+    """Read the failure of the last fetch; None if it succeeded."""
     try:
         return _Failure(**json.loads((cache_dir / _FAILED).read_text()))
     except (OSError, ValueError, TypeError):
@@ -146,15 +146,15 @@ def _failure(cache_dir: Path) -> _Failure | None:
 
 @contextmanager
 def _noting_failure(cache_dir: Path) -> Iterator[None]:
-    """Run the block, and note in the cache why storage or disk failed."""
+    """Run the block and write errors of storage or disk into the cache."""
     path = cache_dir / _FAILED
     try:
         yield
     except (StoreRefused, NotFound):
-        raise  # an answer, which every process may have for itself
+        raise  # a refusal is quick, so every process may ask for itself
     except StoreError as error:
         failure = _Failure(type(error).__name__, str(error), uuid.uuid4().hex)
-        with suppress(OSError):  # a full disk
+        with suppress(OSError):  # the disk may be full
             path.write_text(json.dumps(asdict(failure)))
         raise
     path.unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def _noting_failure(cache_dir: Path) -> Iterator[None]:
 def _new_copy(
     cache_dir: Path, list_files: Callable[[], Listing], current: Path | None, fetch_files: _Fetch | None = None
 ) -> Path:
-    """Return a copy of the remote as it is now; `current` if it is the same or the remote cannot be reached."""
+    """Return an up-to-date copy of the remote; `current` if it is unchanged or the remote cannot be reached."""
     try:
         listing = list_files()
     except StoreError as error:
@@ -185,7 +185,7 @@ def _make_snapshot(cache_dir: Path, listing: Listing, list_again: Callable[[], L
     for path in cache_dir.iterdir():
         if path.is_dir() and path not in (snapshot, partial, current):
             shutil.rmtree(path)
-    if snapshot.exists():  # without a manifest, or damaged: its good files are not fetched again
+    if snapshot.exists():  # without a manifest or damaged: reuse its good files
         shutil.rmtree(partial, ignore_errors=True)
         snapshot.rename(partial)
     partial.mkdir(exist_ok=True)
@@ -197,7 +197,7 @@ def _make_snapshot(cache_dir: Path, listing: Listing, list_again: Callable[[], L
                 _link(current / file.name, partial / file.name)
     log.info("fetching %d files of %s into %s", len(listing.files), listing.uri, snapshot)
     sha256 = download_files(listing, partial)
-    # Without hashes, ranges of two versions of a file would pass for a whole one.
+    # Without hashes, ranges of two versions of a file could be combined unnoticed.
     is_checked = all(file.sha256 or file.git_sha1 for file in listing.files)
     if not is_checked and list_again().fingerprint != listing.fingerprint:
         raise StoreError(f"{listing.uri}: was changed while it was copied; run the same command again")
@@ -207,15 +207,15 @@ def _make_snapshot(cache_dir: Path, listing: Listing, list_again: Callable[[], L
 
 
 def fill_folder(folder: Path, list_files: Callable[[], Listing]) -> None:
-    """Fetch the files listed into a folder of the user's; a complete folder needs no request.
+    """Fetch the listed files into a user's own folder; a complete folder needs no request.
 
-    Files that are there with the remote's bytes stay; files that a folder beside this one has are linked. Many
-    processes may call this at once, and be killed.
-    Raises: StoreRefused for another file of the same name; and as `local_copy`.
+    Existing files with the remote's bytes stay; files that a sibling folder has are linked. Many processes may call
+    this at once, and may be killed.
+    Raises: StoreRefused for another file of the same name; the errors of `local_copy`.
     """
     if is_filled(folder):
         return
-    listing = list_files()  # first, so that a remote that refuses leaves no folder behind
+    listing = list_files()  # before the folder is created, in case the remote refuses
     with translated(str(folder), "be filled"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / FOLDER_LOCK, f"downloads {folder.name}"):
@@ -224,7 +224,7 @@ def fill_folder(folder: Path, list_files: Callable[[], Listing]) -> None:
 
 
 def _fill_missing(folder: Path, listing: Listing) -> None:
-    """Fetch the missing files of a folder beside it, and move each into it."""
+    """Fetch the missing files of a folder beside it, and move each into place."""
     ours = Manifest.read(folder / FOLDER_MANIFEST)
     sha256 = {file.name: sha256_if_same(folder / file.name, file) for file in listing.files}
     missing = tuple(file for file in listing.files if not sha256[file.name])
@@ -249,18 +249,18 @@ def _fill_missing(folder: Path, listing: Listing) -> None:
 
 
 def _partial_name(file: RemoteFile) -> str:
-    """Return the name of a partial file, which follows from its bytes: another hub with the same file continues it."""
+    """Return the name of a partial file. It depends on the content, so another hub with the same file continues it."""
     return hashlib.sha256(f"{file.name} {file.size} {file.content}".encode()).hexdigest()[:16]
 
 
 def is_filled(folder: Path) -> bool:
-    """Return whether a folder of the user's has all files that were fetched into it."""
+    """Return whether a user's own folder has all files that were fetched into it."""
     manifest = Manifest.read(folder / FOLDER_MANIFEST)
     return manifest is not None and manifest.complete_folder(folder) is not None
 
 
 def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
-    """Return the folder in the cache for an address on the store of these options."""
+    """Return the cache folder for an address on a store with these options."""
     client = storage_options.get("client_kwargs") or {}
     endpoint = storage_options.get("endpoint_url") or client.get("endpoint_url") or ""
     digest = hashlib.sha256(f"{uri}\n{endpoint}".encode()).hexdigest()[:12]
@@ -269,9 +269,9 @@ def cache_dir_of(uri: str, storage_options: Mapping[str, Any]) -> Path:
 
 
 def list_folder(uri: str, storage_options: Mapping[str, Any], folders: Iterable[str], choose: _Choose) -> Listing:
-    """List the chosen files of a remote folder, and of its folders with these names.
+    """List the chosen files of a remote folder and of its subfolders with these names.
 
-    Raises: StoreRefused if it is no folder or no file is chosen.
+    Raises: StoreRefused if it is not a folder or no file is chosen.
     """
     fs, root = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     root = root.rstrip("/")
@@ -289,7 +289,7 @@ def list_file(
 ) -> Listing:
     """List one remote file, and the chosen files in `folders` of `root_uri`.
 
-    `name`: the path of the file in the folder `root_uri`, which is not listed: it may hold anything, or be closed.
+    `name`: the path of the file in the folder `root_uri`. That folder itself is not listed: it may be large or private.
     """
     fs, path = open_filesystem(uri, storage_options, num_retries=1)  # `with_retries` tries again
     infos = {name: with_retries(public_uri(uri), "look up", lambda: _look_up(fs, path))}
@@ -302,7 +302,7 @@ def list_file(
 
 
 def _list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
-    """Return the entries of a remote folder, by the last part of their name. Raises: NotFound."""
+    """Return the entries of a remote folder, by the last part of their names. Raises: NotFound."""
     infos = with_retries(public_uri(uri), "list", lambda: fs.ls(path, detail=True))
     found = {str(info["name"]).rstrip("/").rpartition("/")[2]: info for info in infos}
     if not found:
@@ -311,7 +311,7 @@ def _list_entries(fs: Any, uri: str, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _look_up(fs: Any, path: str) -> dict[str, Any]:
-    """Return the facts of a remote file. Raises: the server's error, which fsspec hides behind FileNotFoundError."""
+    """Return fsspec's info of a remote file. Raises: the server's error, which fsspec hides in FileNotFoundError."""
     try:
         info: dict[str, Any] = fs.info(path)
     except FileNotFoundError as error:
@@ -324,14 +324,14 @@ def _look_up(fs: Any, path: str) -> dict[str, Any]:
 
 
 def _listing_of(uri: str, fs: Any, infos: Mapping[str, Mapping[str, Any]], choose: _Choose) -> Listing:
-    """Return a listing of the files chosen. Raises: StoreRefused if there are none."""
+    """Return a listing of the chosen files. Raises: StoreRefused if there are none."""
     chosen = list(choose(list(infos)))
     if not chosen:
         raise StoreRefused(f"{public_uri(uri)}: none of its {len(infos)} files are needed; is this the right address?")
     files = []
     for name in chosen:
         info = infos[name]
-        if info.get("size") is None:  # a listing over HTTP gives names alone
+        if info.get("size") is None:  # a listing over HTTP has only names
             info = with_retries(f"{public_uri(uri)}: {name}", "look up", bind(_look_up, fs, info["name"]))
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
         files.append(RemoteFile(name=name, path=info["name"], size=info.get("size"), version=version))
@@ -345,7 +345,7 @@ def current_snapshot(cache_dir: Path) -> Path | None:
 
 
 def manifest_of(listing: Listing, sha256: Mapping[str, str], folder: Path, snapshot: str) -> Manifest:
-    """Return the manifest of a folder that a listing was fetched into."""
+    """Return the manifest of a folder into which a listing was fetched."""
     files = {}
     for file in listing.files:
         size = (folder / file.name).stat().st_size
@@ -354,7 +354,7 @@ def manifest_of(listing: Listing, sha256: Mapping[str, str], folder: Path, snaps
 
 
 def _link_siblings(folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
-    """Link files that a folder beside this one has: FLUX.1-dev and -schnell share 10 GB."""
+    """Link files that a sibling folder has: FLUX.1-dev and -schnell share 10 GB."""
     known = {}
     for path in folder.parent.glob(f"*/{FOLDER_MANIFEST}"):
         if manifest := Manifest.read(path):
@@ -365,7 +365,7 @@ def _link_siblings(folder: Path, wanted: Mapping[Path, RemoteFile]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link a file, if the disk can; the transfer fetches it otherwise."""
+    """Hard-link a file if the disk allows it; otherwise the transfer fetches the file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         target.unlink(missing_ok=True)
@@ -378,12 +378,12 @@ def file_names(folder: Path) -> list[str]:
 
 
 def size_of(path: Path) -> int | None:
-    """Return the size of a file in bytes; None if there is none."""
+    """Return the size of a file in bytes; None if it does not exist."""
     return path.stat().st_size if path.is_file() else None
 
 
 def cache_folder() -> Path:
-    """Return the cache folder of this package: FLUX_BATCH_CACHE, else `flux-batch` in the user's cache."""
+    """Return the cache folder of this package: FLUX_BATCH_CACHE, else `flux-batch` in the user's cache folder."""
     if own := os.environ.get("FLUX_BATCH_CACHE"):
         return Path(own).expanduser()
     users = os.environ.get("XDG_CACHE_HOME")
@@ -392,7 +392,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Run the block as the only process that holds the lock file; a wait is logged with `what` the holder does."""
+    """Run the block while this process holds the lock file; log a wait with `what` the holder does."""
     from filelock import FileLock, Timeout
 
     lock, is_logged = FileLock(path), False
@@ -400,7 +400,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=WARN_AFTER_S)
         except Timeout:
-            LOADING.beat()  # whether the other one hangs is seen by whoever watches that
+            LOADING.beat()  # waiting is progress: the watchdog of the other process sees if that hangs
             if not is_logged:
                 log.info("waiting for the process that %s", what)
             is_logged = True

@@ -1,6 +1,6 @@
-"""The name, path or address of a model to a folder on this machine.
+"""From the name, path or address of a model to a folder on this machine.
 
-Only this file knows both the files of a model (model/) and how bytes travel (storage/). Knows no tensor.
+This file connects the list of a model's files (model/) with the transfer of bytes (storage/).
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from flux_batch.storage.retry import RetryPolicy, with_retries
 PathOrFolder = str | PathLike[str]
 
 _DOWNLOAD_FOLDER = Path("models")
-# The name of a file whose address has none, and the longest header of one: safetensors 0.6, src/tensor.rs.
+# The name for a file whose address has none, and the longest header of safetensors: safetensors 0.6, src/tensor.rs.
 _UNNAMED_FILE = "download.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
-# The models of DiffSynth-Studio 1.x, and their repository on each hub.
+# The models of DiffSynth-Studio 1.x and their repositories on both hubs.
 # Source: modelscope/DiffSynth-Studio v1.1.9, diffsynth/configs/model_config.py.
 _PRESETS = {
     "FLUX.1-dev": {"huggingface": "black-forest-labs/FLUX.1-dev", "modelscope": "AI-ModelScope/FLUX.1-dev"},
     "FLUX.1-schnell": {"huggingface": "black-forest-labs/FLUX.1-schnell", "modelscope": "AI-ModelScope/FLUX.1-schnell"},
 }
-# Options that fsspec has for web addresses: its HTTPFileSystem's, and those of a request of aiohttp.
+# fsspec's options for web addresses: those of HTTPFileSystem, and those of a request of aiohttp.
 _WEB_OPTIONS = frozenset({"auth", "block_size", "client_kwargs", "cookies", "headers", "proxy", "ssl", "timeout"})
 _LIST_OF_HUB = {"huggingface": list_huggingface, "modelscope": list_modelscope}
 
@@ -72,14 +72,14 @@ def download_models(
     to: PathOrFolder | None = None,
     token: str | None = None,
 ) -> list[Path]:
-    """Download models, unless they are there, and return their folders.
+    """Download models unless they exist, and return their folders.
 
-    FLUX.1-dev and FLUX.1-schnell go to models/FLUX/<name>, the original single files and what belongs to them, as the
-    scripts of DiffSynth-Studio expect; any `owner/repository` to models/<owner>/<repository>. `to` is another folder
-    for a single model. The hubs are asked in order, the next one if one cannot be reached. A complete model needs no
-    network. Every file is checked by size and hash; the next call continues a killed download.
-    Raises: CheckpointError for a repository that is not there, gated, or an unknown name; DiskFull; StoreRefused for
-    a file in the way; StoreError if no hub can be reached.
+    FLUX.1-dev and FLUX.1-schnell go to models/FLUX/<name>, as original single files with their settings, as the scripts
+    of DiffSynth-Studio expect; any `owner/repository` goes to models/<owner>/<repository>. `to`: another folder, for a
+    single model. If a hub cannot be reached, the next one is asked. A complete model needs no network. Every file is
+    checked by size and hash; the next call continues a killed download.
+    Raises: CheckpointError for an unknown name, or a repository that does not exist or is gated; DiskFull; StoreRefused
+    if another file of the same name is in the way; StoreError if no hub can be reached.
     """
     hubs = [hub.lower() for hub in downloading_priority]
     if unknown := [hub for hub in hubs if hub not in _LIST_OF_HUB]:
@@ -114,13 +114,13 @@ def _download_model(name: str, hubs: Sequence[str], folder: Path, token: str | N
 
 
 def _download_folder(name: str) -> Path:
-    """Return the folder for a download of that name."""
+    """Return the default folder for a download of that name."""
     return _DOWNLOAD_FOLDER / "FLUX" / name if name in _PRESETS else _DOWNLOAD_FOLDER / name
 
 
 def _is_filled_by_others(folder: Path, name: str) -> bool:
-    """Return whether a folder that others filled holds a whole model, by its file names."""
-    if (folder / FOLDER_LOCK).exists():  # then its manifest counts
+    """Return whether a folder that others filled holds a complete model, by its file names."""
+    if (folder / FOLDER_LOCK).exists():  # filled by this program: its manifest decides
         return False
     names = file_names(folder)
     if name not in _PRESETS:
@@ -131,13 +131,13 @@ def _is_filled_by_others(folder: Path, name: str) -> bool:
 
 
 def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
-    """Return the folder of the model that `uri` names, or its one file.
+    """Return the local folder of the model that `uri` names, or its single file.
 
-    A path, a file:// address, `demo`; any address fsspec knows (s3://, gs://, https://); hf://owner/repository, with
-    @revision if it is not `main`, or just owner/repository if no such folder is here. What is remote is fetched once a
-    machine, only the files a model needs, into the cache of Hugging Face or (FLUX_BATCH_CACHE) of this package; from
-    then on it is used without asking the remote, until `refresh` asks whether it has changed.
-    Raises: CheckpointError if it is not there; DiskFull, StoreRefused, StoreError as storage answers.
+    uri: a path, a file:// address or `demo`; any address that fsspec supports (s3://, gs://, https://);
+    hf://owner/repository, with @revision if it is not `main`, or owner/repository if there is no such local folder. A
+    remote model is fetched once for each machine, only the files that a model needs, into the cache of Hugging Face or
+    of this package (FLUX_BATCH_CACHE). It is then used without a request, unless `refresh` checks for changes.
+    Raises: CheckpointError if it does not exist; DiskFull, StoreRefused, StoreError.
     """
     if str(uri) == "demo":
         from flux_batch.demo.paths import demo_model_folder
@@ -153,9 +153,9 @@ def local_model(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = N
 
 
 def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False) -> Path:
-    """Return the local path of a file or folder at `uri`. It need not exist.
+    """Return the local path of a file or folder at `uri`. A local path need not exist.
 
-    It is found as by `local_model`. An address of one component fetches it with its settings and tokenizers, in the
+    Addresses work as for `local_model`. An address of one component fetches it with its settings and tokenizers, in the
     model's folder structure.
     """
     text = str(uri)
@@ -175,7 +175,7 @@ def local_path(uri: PathOrFolder, storage_options: Mapping[str, Any] | None = No
 
 
 def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None) -> Path | None:
-    """Return the folder or file of a model on this machine, without a request; None if it is not here."""
+    """Return the local folder or file of a model, without a request; None if there is no copy."""
     kind = source_kind(uri)
     if uri == "demo" or kind in ("local", "file"):
         path = local_model(uri) if uri == "demo" else local_path(uri)
@@ -191,7 +191,7 @@ def find_local_model(uri: str, storage_options: Mapping[str, Any] | None = None)
 
 
 def absolute_model_uri(uri: str) -> str:
-    """Return a relative path as an absolute one, and any other address as it is."""
+    """Return a relative path as an absolute one, and any other address unchanged."""
     is_path = uri != "demo" and source_kind(uri) == "local"
     return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
 
@@ -206,21 +206,21 @@ def source_kind(uri: str) -> str:
 
 
 def _from_storage(uri: str, storage_options: Mapping[str, Any], *, refresh: bool) -> Path:
-    """Return the local copy of a folder or file that fsspec can reach."""
+    """Return the local copy of a remote folder or file that fsspec reads."""
     list_files = partial(storage_listing, uri, storage_options)
     folder = local_copy(cache_dir_of(uri, storage_options), list_files, refresh=refresh)
     return folder / _part_in(folder, uri)
 
 
 def _part_in(folder: Path, uri: str) -> str:
-    """Return the part of a copied model that an address names."""
+    """Return the path of the part of a copied model that an address names."""
     return part_of(_address(uri))[1] or (_UNNAMED_FILE if (folder / _UNNAMED_FILE).exists() else "")
 
 
 def model_listing(uri: str, storage_options: Mapping[str, Any] | None = None) -> Listing:
-    """Return the files of a remote model as its hub or its storage lists them.
+    """List the files of a remote model on its hub or storage.
 
-    A hub that does not answer is not asked for long. Raises: the errors of local_model.
+    A hub that does not answer is retried only briefly. Raises: the errors of local_model.
     """
     with source_errors():
         if source_kind(uri) == "hub":
@@ -234,7 +234,7 @@ def is_silent_hub(uri: str, error: StoreError) -> bool:
 
 
 def storage_listing(uri: str, storage_options: Mapping[str, Any]) -> Listing:
-    """List the files that a model needs of a folder or file that fsspec reads."""
+    """List the files that a model needs from a folder or file that fsspec reads."""
     root, part = part_of(_address(uri))
     choose = partial(needed_files, part=part)
     if is_weight(part):
@@ -263,7 +263,7 @@ def _begins_as_safetensors(uri: str, storage_options: Mapping[str, Any]) -> bool
 
 
 def _from_hub(uri: str, *, refresh: bool) -> Path:
-    """Return the local copy of a repository of Hugging Face, or of its part."""
+    """Return the local copy of a Hugging Face repository, or of a part of it."""
     hub = HubUri.parse(uri)
     folder, part = _model_and_part(hub)
     if not refresh and (found := find_repository(hub)):
@@ -279,9 +279,9 @@ def _from_hub(uri: str, *, refresh: bool) -> Path:
 
 
 def repository_listing(uri: str, policy: RetryPolicy | None = None) -> Listing:
-    """List the files that a model needs of a repository of Hugging Face.
+    """List the files that a model needs from a repository of Hugging Face.
 
-    The address may name a part of it.
+    The address may name a part of the model.
     """
     hub = HubUri.parse(uri)
     folder, part = _model_and_part(hub)
@@ -292,7 +292,7 @@ def repository_listing(uri: str, policy: RetryPolicy | None = None) -> Listing:
 def _model_and_part(hub: HubUri) -> tuple[str, str]:
     """Return the model's folder in a repository, and the part that an address names.
 
-    The part is "" if it names the whole model.
+    The part is "" if the address names the whole model.
     """
     base = f"{HF_SCHEME}{hub.repository}"
     root, part = part_of(f"{base}/{hub.path}") if hub.path else (base, "")
@@ -308,14 +308,14 @@ def _hub_listing(
     single_files: bool = False,
     policy: RetryPolicy | None = None,
 ) -> Listing:
-    """List the files of a repository that a model needs, to be read over HTTP."""
+    """List the files that a model needs from a repository, to be read over HTTP."""
     repository = (policy or RetryPolicy()).with_retries(uri, "list", list_files)
     prefix = f"{folder}/" if folder else ""
     files = {file.name.removeprefix(prefix): file for file in repository.files if file.name.startswith(prefix)}
     chosen = needed_files(files, part=part, single_files=single_files)
     if not any(is_weight(name) for name in chosen):
         raise ValueError(f"{repository.page}: holds no weights{f' under {part or folder}' if part or folder else ''}")
-    # No compression: the bytes of a range must be those of the file.
+    # Without compression, since a range must hold the bytes of the file.
     headers = {**repository.headers, "Accept-Encoding": "identity"}
     fs, _ = open_filesystem(repository.page, {"client_kwargs": {"headers": headers}})
     return Listing(
@@ -331,7 +331,7 @@ def _hub_listing(
 
 @contextmanager
 def source_errors() -> Iterator[None]:
-    """Run the block, and raise the refusals of hubs as CheckpointError."""
+    """Run the block and raise refusals of hubs as CheckpointError."""
     try:
         yield
     except ValueError as error:
@@ -339,12 +339,12 @@ def source_errors() -> Iterator[None]:
 
 
 def _address(uri: str) -> str:
-    """Return an address without the query of a web address, which names no file."""
+    """Return an address without a web query, which is not part of a file's name."""
     return uri.partition("?")[0] if _is_web(uri) else uri
 
 
 def _options_for(uri: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the options for an address: those of a bucket are not for the web, which knows none of them."""
+    """Return the options for an address; a web address gets only the options that the web supports."""
     options = storage_options or {}
     return {} if _is_web(uri) and not _WEB_OPTIONS.issuperset(options) else options
 

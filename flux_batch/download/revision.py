@@ -1,4 +1,4 @@
-"""The version of the model at an address. It tells apart weights of the same name."""
+"""The version of the model at an address, which distinguishes weights with the same name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flux_batch.download.models import (
 from flux_batch.errors import FluxBatchError
 from flux_batch.model.checkpoint.files import needed_files
 
-# Bytes hashed at each end of a local file: 34 GB are too many to read, and training changes every weight.
+# The number of bytes to hash at each end of a local file: 34 GB are too many to read, and training changes all weights.
 END_BYTES = 64 << 10
 _BRANCH = "main"
 
@@ -29,24 +29,24 @@ log = logging.getLogger(__name__)
 
 
 def model_revision(uri: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
-    """Return a name for the version of a model's files as they are now; nothing is fetched.
+    """Return a name for the current version of a model's files; fetch nothing.
 
-    Of a repository of Hugging Face, the revision that the address names, else the commit that is here, else the one
-    that the hub names. Of a bucket, the name that a copy has in our cache: a hash of names, sizes and what the store
-    says of the bytes. Of files on this machine, a hash of names, sizes and both ends of each.
-    Returns: None for an address on the web, and for files that are not here if the remote cannot be asked.
+    For a repository of Hugging Face: the revision in the address, else the local commit, else the commit that the hub
+    reports. For a bucket: the name of a copy in our cache, a hash of names, sizes and the store's identifiers of the
+    bytes. For local files: a hash of names, sizes and both ends of each.
+    Returns: None for an address on the web, and for files without a local copy if the remote cannot be asked.
     """
     try:
         with source_errors():
             return _revision(uri, storage_options or {})
-    except (FluxBatchError, OSError, TypeError) as error:  # the last for options that a storage does not know
+    except (FluxBatchError, OSError, TypeError) as error:  # TypeError: options that a storage does not know
         log.debug("the revision of the model cannot be determined: %s", error)
         return None
 
 
 def _revision(uri: str, storage_options: Mapping[str, Any]) -> str | None:
     if uri.startswith(("http://", "https://")):
-        return None  # libraries log what they ask, and its query may be a signature
+        return None  # libraries log the address, and its query may be a signature
     kind = source_kind(uri)
     if uri == "demo" or kind in ("local", "file"):
         return _of_files(local_model(uri))
@@ -60,7 +60,7 @@ def _revision(uri: str, storage_options: Mapping[str, Any]) -> str | None:
 
 
 def _of_files(model: Path) -> str:
-    """Return a hash of a folder, or of a file with all parts."""
+    """Return a hash of a model folder, or of a file with all parts."""
     names = needed_files(file_names(model)) if model.is_dir() else [""]
     digest = hashlib.sha256()
     for name in names:

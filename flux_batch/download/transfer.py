@@ -1,6 +1,6 @@
-"""Downloads of remote files: in ranges side by side, continued after a kill, checked; knows no model.
+"""Downloads of remote files: in parallel ranges, continued after a kill, checked by hash.
 
-A file grows from its start, so a killed process leaves a prefix, and the next one continues there.
+A file is written from its start, so a killed process leaves a prefix, and the next one continues there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from flux_batch.telemetry import LOADING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# Eight ranges of 32 MiB at once: one stream from S3 gives some 100 MB/s, 256 MiB are little beside a model, and the
-# thousand requests that make one are below what hubs allow in a minute.
+# Eight ranges of 32 MiB at once: one stream from S3 has about 100 MB/s, 256 MiB of memory are little beside a model,
+# and the thousand requests for a model are fewer than hubs allow in a minute.
 CHUNK_BYTES = 32 << 20
 NUM_STREAMS = 8
-# Left free on the disk, which other programs use too.
+# Bytes to leave free on the disk for other programs.
 SPARE_BYTES = 256 << 20
 
 
@@ -39,7 +39,7 @@ class RemoteFile:
     """A remote file: `name` is relative to the folder of the listing, `path` is its name on the file system.
 
     `version` changes whenever the bytes do; `sha256` and `git_sha1` (git's name of a blob) come from the remote. Each
-    is empty, and `size` None, if the remote does not have it.
+    is "", and `size` is None, if the remote does not report it.
     """
 
     name: str
@@ -51,13 +51,13 @@ class RemoteFile:
 
     @property
     def content(self) -> str:
-        """The remote's name for the bytes, which differs if they do."""
+        """The remote's identifier of the bytes, which differs if they do."""
         return self.sha256 or self.git_sha1 or self.version
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The remote files of one folder: `uri` names it in messages, `fs` reads them; `commit` is that of a repository."""
+    """The remote files of a folder. `uri`: for messages; `fs`: reads them; `commit`: of a repository."""
 
     uri: str
     fs: fsspec.AbstractFileSystem
@@ -72,7 +72,7 @@ class Listing:
 
 
 class _Digests:
-    """The hashes of a file, computed while it is read: sha256, and git's if the remote has that."""
+    """The hashes of a file, computed while it is read: sha256, and git's if the remote reports that."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -94,7 +94,7 @@ class _Digests:
 
     @property
     def is_match(self) -> bool:
-        """True if the hashes are those of the remote, as far as it has any."""
+        """True if the hashes equal those that the remote reports, if any."""
         is_git_match = self._git is None or self._git.hexdigest() == self._file.git_sha1
         return is_git_match and self._file.sha256 in ("", self.sha256)
 
@@ -178,7 +178,7 @@ def check_room(folder: Path, num_bytes: int, uri: str, *, variable: str = "FLUX_
 
 
 def _remainder(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield the bytes of a remote file from `start`; in one stream if its server knows no ranges."""
+    """Yield the bytes of a remote file from `start`; as one stream if its server supports no ranges."""
     position = start
     if file.size is not None:
         try:
@@ -210,11 +210,11 @@ def _ranges(listing: Listing, file: RemoteFile, start: int, pool: ThreadPoolExec
 
 
 def _read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> bytes:
-    """Read bytes `start` to `end` of a remote file, all of them."""
+    """Read all bytes from `start` to `end` of a remote file."""
 
     def read() -> bytes:
         if "http" in listing.fs.protocol:
-            # Not cat_file: that takes whatever a server without ranges sends, which may be all of the file.
+            # Not cat_file: it reads everything that a server without ranges sends, possibly the whole file.
             with listing.fs.open(file.path, block_size=end - start, cache_type="none", size=file.size) as source:
                 source.seek(start)
                 data = bytes(source.read(end - start))
@@ -228,7 +228,7 @@ def _read_range(listing: Listing, file: RemoteFile, start: int, end: int) -> byt
 
 
 def _stream(listing: Listing, file: RemoteFile, skip: int) -> Iterator[bytes]:
-    """Yield a remote file without its first `skip` bytes, in one stream."""
+    """Yield a remote file without its first `skip` bytes, as one stream."""
     with (
         translated(f"{listing.uri}: {file.name}", "read"),
         listing.fs.open(file.path, "rb", block_size=0) as source,

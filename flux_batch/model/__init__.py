@@ -1,1 +1,4 @@
-"""The computation of FLUX: torch, einops, safetensors and transformers only; imports nothing else of this package."""
+"""The computation of FLUX, with torch, einops, safetensors and transformers.
+
+It imports nothing from the other folders of this package.
+"""

@@ -1,4 +1,4 @@
-"""The autoencoder: pixels to scaled latents and back; knows no prompt and no schedule.
+"""The autoencoder: pixels to scaled latents and back.
 
 Attribute names are the keys of the original checkpoints. Source of the layout: black-forest-labs/flux 802fb47,
 src/flux/modules/autoencoder.py. Letters: b batch, c channels, h and w of the image or the latents.
@@ -34,8 +34,8 @@ class _ResnetBlock(nn.Module):
 class _AttnBlock(nn.Module):
     """Attention with one head over all positions.
 
-    Checkpoints hold its four matrices as convolutions of one pixel. As matrices they are faster, and rounded as in
-    diffusers.
+    Checkpoints hold its four matrices as 1 x 1 convolutions. Applied as matrices they are faster and round as diffusers
+    does.
     """
 
     def __init__(self, channels: int, num_groups: int) -> None:
@@ -142,7 +142,7 @@ class _Decoder(nn.Module):
         widths = [*p.channels, p.channels[-1]]
         self.conv_in = _conv3x3(p.z_channels, widths[-1])
         self.mid = _Mid(widths[-1], p.num_groups)
-        # The numbers are those of the encoder's levels: the coarsest level, which runs first, comes last.
+        # Levels are numbered as in the encoder, so the coarsest level, which runs first here, is the last of the list.
         self.up = nn.ModuleList(
             _UpLevel(before, after, p.num_res_blocks + 1, p.num_groups, is_last=level == 0)
             for level, (after, before) in enumerate(pairwise(widths))
@@ -167,7 +167,7 @@ class AutoEncoder(nn.Module):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents: (b, 3, h, w) in [-1, 1] -> (b, z, h/8, w/8).
 
-        noise: in the shape of the result, to sample the posterior, as diffusers; None takes its mean, as BFL.
+        noise: in the shape of the result, to sample the posterior as diffusers does; None takes the mean, as BFL does.
         """
         return self.sample(self.encoder(image), noise)
 
@@ -183,7 +183,7 @@ class AutoEncoder(nn.Module):
 
 
 def _as_matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution of one pixel to the last axis."""
+    """Apply a 1 x 1 convolution to the last axis."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 

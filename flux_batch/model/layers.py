@@ -1,7 +1,7 @@
 """The layers of a FLUX transformer; attribute names are the keys of the original checkpoints.
 
-The attributes `matmul`, `project` and `rotate` are the functions of this file and of rope.py, unless model/optimize/
-has replaced them by others for a device or a compiler.
+The attributes `matmul`, `project` and `rotate` hold functions of this file and of rope.py; model/optimize/ replaces
+them for some devices and for the compiler.
 Letters: B batch, L tokens, H heads, D head size.
 Source of the formulas: black-forest-labs/flux 802fb47, src/flux/modules/layers.py.
 """
@@ -32,7 +32,7 @@ _Rotate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def timestep_embedding(t: Tensor) -> Tensor:
     """Return the embedding of 1000 t: t (B,) -> (B, 256), cosines first, in the dtype of t.
 
-    The product with 1000 is rounded to that dtype, as in every reference: guidance 3.5 becomes 3504 in bfloat16.
+    The product with 1000 is rounded to that dtype, as in BFL and diffusers: guidance 3.5 becomes 3504 in bfloat16.
     """
     half = SINUSOID_WIDTH // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -53,7 +53,7 @@ class MLPEmbedder(nn.Module):
 class RMSNorm(nn.Module):
     """Norm by the root mean square, rounded once, after the scale, as in diffusers.
 
-    BFL and DiffSynth round before the scale too, which differs in bfloat16 only.
+    BFL and DiffSynth also round before the scale, which changes results in 16-bit dtypes only.
     """
 
     def __init__(self, dim: int) -> None:
@@ -106,7 +106,7 @@ def _branches(modulation: Tensor, count: int) -> list[_Branch]:
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream, before and after the attention, which is joint."""
+    """The projections of one stream, before and after the joint attention."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class DoubleStreamBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return both streams after the block.
 
-        image_prompt: keys and values (B, M, H, D) of each IP-Adapter, which the queries of the image attend to, without
+        image_prompt: keys and values (B, M, H, D) of each IP-Adapter. The queries of the image attend to them without
         positions.
         """
         (img_1, img_2), (txt_1, txt_2) = (_branches(part, 2) for part in modulation)
@@ -185,7 +185,7 @@ class SingleStreamBlock(nn.Module):
         self.project: _Project = project
 
     def forward(self, x: Tensor, modulation: Tensor, pe: Tensor, num_read: int) -> Tensor:
-        """Return the last `num_read` tokens: (B, num_read, hidden). Those before them are attended to only."""
+        """Return the last `num_read` tokens: (B, num_read, hidden). Earlier tokens serve as keys and values only."""
         (branch,) = _branches(modulation, 1)
         lengths = (num_read, x.shape[1], x.shape[1], num_read)
         *qkv, hidden = self.project(self.linear1, branch.modulate(x), self.widths, lengths)
@@ -213,7 +213,7 @@ class LastLayer(nn.Module):
 
 
 class BlockLinear(nn.Linear):
-    """A matrix of a block."""
+    """A linear layer of a block, whose `matmul` can be replaced."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -224,17 +224,18 @@ class BlockLinear(nn.Linear):
 
 
 class JointAttention(nn.Module):
-    """Attention of all tokens to all, with rotary positions; no mask, so that padding counts, as in every reference."""
+    """Attention of all tokens to all, with rotary positions. No mask hides the padding, as in BFL and diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rotate: _Rotate = rotate
 
     def forward(self, streams: Sequence[tuple[Tensor, Tensor, Tensor]], pe: Tensor) -> Tensor:
-        """Return what the queries of all streams find, one stream after the other: (B, M, H D).
+        """Return the result of attention for the queries of all streams, stream after stream: (B, M, H D).
 
-        streams: the queries (B, <= L, H, D) of the last tokens of each, the keys and values (B, L, H, D) of all;
-        pe: of all tokens. A compiler makes one kernel of norm and rotation if streams are joined only then.
+        streams: the queries (B, <= L, H, D) of each stream's last tokens, and the keys and values (B, L, H, D) of all
+        its tokens; pe: of all tokens. Streams are concatenated after norm and rotation, so that a compiler can fuse
+        those two into one kernel.
         """
         tables = pe.split([k.shape[1] for _, k, _ in streams])
         rotated = [self._rotated(*stream, table) for stream, table in zip(streams, tables, strict=True)]
@@ -248,7 +249,7 @@ class JointAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return what queries find, without positions: q (B, L, H, D); k, v (B, M, H, D) -> (B, L, H D)."""
+    """Return attention without positions: q (B, L, H, D); k, v (B, M, H, D) -> (B, L, H D)."""
     q, k, v = (rearrange(part, "B L H D -> B H L D") for part in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
@@ -262,7 +263,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def project(linear: nn.Module, x: Tensor, widths: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Apply projections that lie in one matrix, each to the last tokens: (B, L, dim) -> (B, length, width) each."""
+    """Apply projections that share one matrix, each for its last tokens: (B, L, dim) -> (B, length, width) each."""
     parts: Sequence[Tensor] = linear(x).split(widths, dim=-1)
     return [part[:, -length:] for part, length in zip(parts, lengths, strict=True)]
 
@@ -272,8 +273,8 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Keep a float16 stream in range: without this it overflows to black images (diffusers #9096, #9097).
+    """Clip a float16 stream to its range; an overflow gives black images (diffusers #9096, #9097).
 
-    diffusers does not do so for the image tokens of double blocks, which makes a difference in lost images only.
+    diffusers does not clip the image tokens of double blocks; this differs only for images that would be black there.
     """
     return x.clamp(-_FP16_MAX, _FP16_MAX) if x.dtype == torch.float16 else x

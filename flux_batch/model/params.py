@@ -1,4 +1,4 @@
-"""The numbers that define a FLUX.1 model, read from its weights' shapes; knows no tensor.
+"""The numbers that define a FLUX.1 model, read from its weights' shapes.
 
 Field names are those of black-forest-labs/flux (802fb47); configuration files use the names of diffusers.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-# Those of a token's position: kind of image, row, column.
+# The axes of a token's position: kind of image, row, column.
 _NUM_AXES = 3
 
 Shapes = Mapping[str, Sequence[int]]
@@ -19,7 +19,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FluxParams:
-    """The transformer. `in_channels` are those of a packed token: latent channels x 2 x 2."""
+    """The transformer. `in_channels` counts the channels of a packed token: latent channels x 2 x 2."""
 
     in_channels: int
     out_channels: int
@@ -77,7 +77,7 @@ class AutoencoderParams:
 class ScheduleParams:
     """The noise schedule, shifted by the image size (dynamic) or by a constant `shift`.
 
-    A `shift` of 1.0 is none.
+    A `shift` of 1.0 changes nothing.
     """
 
     use_dynamic_shifting: bool
@@ -121,7 +121,7 @@ AUTOENCODER = AutoencoderParams(
 _CHANNELS_PER_GROUP = AUTOENCODER.channels[0] // AUTOENCODER.num_groups
 DEV_SCHEDULE = ScheduleParams(use_dynamic_shifting=True)
 SCHNELL_SCHEDULE = ScheduleParams(use_dynamic_shifting=False)
-# Settings of a scheduler that change images, and the only value that is followed here.
+# Settings of a scheduler that change images, each with the only value that is supported here.
 # Source: diffusers 0.42.1, schedulers/scheduling_flow_match_euler_discrete.py.
 _SCHEDULER_SETTINGS: Mapping[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -134,19 +134,19 @@ _SCHEDULER_SETTINGS: Mapping[str, Any] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
-# The T5 length that a model was made for, by whether it embeds guidance, as dev does and schnell does not.
+# The T5 length that a model was trained with, by whether it embeds guidance: dev does, schnell does not.
 # Source: black-forest-labs/flux 802fb47, src/flux/cli.py: 256 for schnell, else 512.
 T5_SEQUENCE_LENGTH = {True: 512, False: 256}
-# Rows of modulation that are computed together, a row for each image and step. A row is multiplied with a quarter of
-# all weights; a GPU spends that time on reading them, so they are read once for all rows.
+# Rows of modulation to compute together, a row for each image and step. A row is multiplied with a quarter of all
+# weights, and a GPU spends that time on reading the weights, so reading them once for many rows saves time.
 MODULATION_ROWS = 64
 
 
 def flux_params(shapes: Shapes, config: Config) -> FluxParams:
     """Read the transformer's parameters from shapes by original key name.
 
-    `config`: a diffusers `transformer/config.json`, or empty; read only for numbers that shapes do not tell.
-    Raises: ValueError if a key is missing, or the rotary axes are not known.
+    `config`: a diffusers `transformer/config.json`, or empty; read only for numbers that the shapes do not determine.
+    Raises: ValueError if a key is missing, or the rotary axes are unknown.
     """
     hidden_size, in_channels = shape_of(shapes, "img_in.weight")
     (head_dim,) = shape_of(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
@@ -172,7 +172,7 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
         depth_single_blocks=count_of(shapes, "single_blocks."),
         axes_dim=tuple(axes_dim),
         theta=DEV.theta,
-        # By any of them, so that a lost one is reported as missing, and not the others as unknown.
+        # One such bias is enough: if another is lost, the check reports that one as missing, not this one as unknown.
         qkv_bias=any(key.endswith("_attn.qkv.bias") for key in shapes),
         guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
     )
@@ -181,8 +181,8 @@ def flux_params(shapes: Shapes, config: Config) -> FluxParams:
 def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
     """Read the autoencoder's parameters from shapes by original key name.
 
-    `config`: a diffusers `vae/config.json`, or empty: scale, shift and the channels of a norm group at full size are
-    then those of FLUX.1. Raises: ValueError if a key is missing.
+    `config`: a diffusers `vae/config.json`. If it is empty, scale, shift and the channels of a norm group at full size
+    are those of FLUX.1. Raises: ValueError if a key is missing.
     """
     levels = range(count_of(shapes, "encoder.down."))
     channels = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels)
@@ -203,7 +203,7 @@ def autoencoder_params(shapes: Shapes, config: Config) -> AutoencoderParams:
 def schedule_params(config: Config, *, guidance_embed: bool) -> ScheduleParams:
     """Read a diffusers `scheduler_config.json`; if empty, dev's schedule for embedded guidance, else schnell's.
 
-    Raises: ValueError for a setting that would change images, and that is not followed here.
+    Raises: ValueError for a setting that changes images and is not supported here.
     """
     if not config:
         return DEV_SCHEDULE if guidance_embed else SCHNELL_SCHEDULE
@@ -234,7 +234,7 @@ def _read_number(config: Config, name: str, default: float, *, above: float = -i
 
 
 def _read_count(config: Config, name: str, default: int) -> int:
-    """Return a whole number from 1 on, as `_read_number`."""
+    """Return a whole number from 1 on, like `_read_number`."""
     value = _read_number(config, name, default, above=0)
     if value != int(value):
         raise ValueError(f"{name} in its configuration is {value!r}, should be a whole number")
@@ -254,8 +254,8 @@ def shape_of(shapes: Shapes, key: str, num_dims: int = 2) -> Sequence[int]:
 def count_of(shapes: Shapes, prefix: str) -> int:
     """Return the count of the numbers, from 0 on, that follow `prefix` in keys.
 
-    Raises: ValueError naming the first number that is missing: a checkpoint that skips one is not whole, and one that
-    claims to have block 10^9 must not be built.
+    Raises: ValueError with the first missing number: a checkpoint with a gap is incomplete, and a model with a block
+    10^9 must not be built.
     """
     numbers = {key.removeprefix(prefix).split(".", 1)[0] for key in shapes if key.startswith(prefix)}
     count = sum(number.isdecimal() for number in numbers)
@@ -266,13 +266,13 @@ def count_of(shapes: Shapes, prefix: str) -> int:
 
 
 def settings_of(config: Config, model_type: str, names: Sequence[str]) -> Config:
-    """Return the settings of these names in a config.json of that model type; null is as if left out."""
+    """Return these settings of a config.json for the model type, without those that are null."""
     own = config if config.get("model_type") == model_type else {}
     return {name: own[name] for name in names if own.get(name) is not None}
 
 
 def check_setting(name: str, value: object, is_right: bool, rule: str) -> None:
-    """Raise ValueError with the rule that a setting of a config.json breaks."""
+    """Raise ValueError with the rule that a setting breaks, unless `is_right`."""
     if not is_right:
         raise ValueError(f"its config.json does not fit its weights: {name} = {value!r} {rule}")
 
@@ -283,18 +283,19 @@ def first_step(num_steps: int, strength: float) -> int:
 
 
 def steps_run(num_steps: int, strength: float, sigma_shift: float | None) -> int:
-    """Return the number of steps that run: all with DiffSynth-Studio's static schedule, whatever the strength."""
+    """Return the number of steps that run. DiffSynth-Studio's static schedule runs all, whatever the strength."""
     return num_steps if sigma_shift is not None else num_steps - first_step(num_steps, strength)
 
 
 def used_residuals(count: int, num_blocks: int, repeats: bool = False) -> int:
-    """Return how many of a ControlNet's residuals feed a block of its base: of 6 for 19 blocks the last feeds none.
+    """Return the number of a ControlNet's residuals that feed a block of its base.
 
-    repeats: they take turns, as XLabs' do; else each feeds several blocks in a row.
+    With 6 residuals for 19 blocks, the last one feeds no block.
+    repeats: the blocks take the residuals in turn, as with XLabs' nets; else each feeds several consecutive blocks.
     """
     return min(count, num_blocks) if repeats or not count else ceil(num_blocks / ceil(num_blocks / count))
 
 
 def counts_at(step: int, num_steps: int, start: float, end: float) -> bool:
-    """Return whether a ControlNet counts at a step. Source: diffusers 0.42.1, FluxControlNetPipeline."""
+    """Return whether a ControlNet is active at a step. Source: diffusers 0.42.1, FluxControlNetPipeline."""
     return not (step / num_steps < start or (step + 1) / num_steps > end)

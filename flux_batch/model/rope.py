@@ -1,7 +1,7 @@
-"""Rotary position embedding over several axes; knows positions and head vectors, not what they stand for.
+"""Rotary position embedding over several axes.
 
-Source of the formulas: black-forest-labs/flux 802fb47, src/flux/math.py. Deliberate difference: angles in float64,
-as diffusers and BFL before 4343061 (2025-01-31); with angles in bfloat16 positions blur and images break.
+Source of the formulas: black-forest-labs/flux 802fb47, src/flux/math.py. Deliberate difference: angles are float64, as
+in diffusers and in BFL before 4343061 (2025-01-31). With bfloat16 angles, positions become inexact and images break.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 def rotate_in_parts(x: Tensor, pe: Tensor) -> Tensor:
     """Return the same as `rotate`, without complex numbers. The compiler fuses it with the norm before it.
 
-    Each number takes its neighbour's product too, x cos + neighbour (+-sin): two results put side by side would come
-    from a kernel of their own. Signs are counted, not read: with the norm these are 8 reads, and from the ninth on
-    inductor writes an fp32 result to memory before it rounds (realize_acc_reads_threshold).
+    Every number is x cos + neighbour (+-sin) in one expression; concatenating two results would need a kernel of its
+    own. Signs come from `arange`, not from memory: together with the norm there are 8 reads, and beyond 8 inductor
+    writes an fp32 result to memory before it rounds (realize_acc_reads_threshold).
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = pe[:, None, :, :, None].unbind(-2)

@@ -1,4 +1,4 @@
-"""The way from noise to latents: noise, packing, positions, schedules and the Euler loop; knows no text.
+"""The way from noise to latents: noise, packing, positions, schedules and the Euler loop.
 
 Letters: b batch, c latent channels, h and w of the latents, n packed tokens.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flux_batch.model.params import ScheduleParams, first_step
 
-# Numbers that the host makes: these, whatever a program has set as torch's defaults.
+# Dtype and device of tensors that the host creates, independent of torch's defaults, which a program may change.
 HOST: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 # The last level of noise in DiffSynth-Studio's static schedule (fed7b18, diffsynth/diffusion/flow_match.py, FLUX.1).
 _STATIC_SIGMA_MIN = 0.003 / 1.002
@@ -38,19 +38,19 @@ def make_generators(seeds: Sequence[int | None]) -> list[torch.Generator | None]
 def make_noise(shape: Sequence[int], generators: Sequence[torch.Generator | None]) -> Tensor:
     """Return standard normal noise of `shape` (c, h, w) from each generator: (b, c, h, w) fp32 on the CPU.
 
-    Drawn one image at a time, so that an image does not depend on its neighbours. Rounded to bfloat16 this equals
-    what BFL and diffusers draw on the CPU for the same seed.
+    Each image is drawn alone, so that it does not depend on its neighbours. Rounded to bfloat16, the noise equals that
+    of BFL and diffusers on the CPU for the same seed.
     """
     return torch.cat([torch.randn((1, *shape), generator=generator, **HOST) for generator in generators])
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return numbers of the host on a device. The host does not wait until a GPU comes to the copy."""
+    """Copy a tensor of the host to a device. The host does not wait until a GPU has copied it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def normal_tensor(values: Tensor) -> Tensor:
-    """Return a copy of an inference tensor that a program may train with."""
+    """Return a normal copy of an inference tensor, which autograd can use."""
     with torch.inference_mode(False):
         return values.clone()
 
@@ -70,8 +70,8 @@ def position_ids(
 ) -> Tensor:
     """Return positions of text (0, 0, 0), then of latent patches (0, row, col): (l + n, 3) fp32.
 
-    references: height and width of latents that come between the two, and their first row and column, in tokens; their
-    positions are (1, row, col).
+    references: height and width in latents, first row and column in tokens. Their positions (1, row, col) come between
+    text and latents.
     """
     places = [_patch_positions(1, *reference) for reference in references]
     return torch.cat((torch.zeros(num_txt_tokens, 3, **HOST), *places, _patch_positions(0, height, width)))
@@ -89,9 +89,9 @@ def make_sigmas(
 ) -> Tensor:
     """Return the noise level at each step and the final 0: (num_steps + 1,) fp32 on the CPU, falling from 1.
 
-    num_tokens: of the packed image; larger images stay noisy for longer. sigma_shift: use the static schedule of
-    DiffSynth-Studio with this shift instead. strength: of image-to-image; diffusers leaves out the first steps below 1,
-    DiffSynth-Studio's schedule has all of them, from a lower start. Source: diffusers 0.42.1, FluxPipeline's call and
+    num_tokens: of the packed image; larger images stay noisy for longer. sigma_shift: use DiffSynth-Studio's static
+    schedule with this shift instead. strength: of image-to-image. Below 1, diffusers skips the first steps, while
+    DiffSynth-Studio's schedule runs all steps from a lower start. Source: diffusers 0.42.1, FluxPipeline's call and
     FlowMatchEulerDiscreteScheduler.set_timesteps; BFL's differs by at most one unit in the last place.
     """
     if sigma_shift is not None:
@@ -109,7 +109,7 @@ def make_sigmas(
 
 
 def shift_exponent(num_tokens: int, schedule: ScheduleParams) -> float:
-    """Return mu: linear in the number of tokens, extrapolated beyond the ends."""
+    """Return mu: linear in the number of tokens, also beyond the range of the schedule."""
     slope = (schedule.max_shift - schedule.base_shift) / (schedule.max_image_seq_len - schedule.base_image_seq_len)
     return schedule.base_shift + (num_tokens - schedule.base_image_seq_len) * slope
 
@@ -127,7 +127,7 @@ def _static_shift(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Return latents at noise level `sigma`, rounded to their dtype first, as in diffusers."""
+    """Return latents at noise level `sigma`, rounded first to their dtype as in diffusers."""
     sigma = on_device(sigma.to(latents.dtype), latents.device)
     return sigma * noise + (1.0 - sigma) * latents
 
@@ -144,13 +144,13 @@ def denoise(
 ) -> Tensor:
     """Return packed latents at `sigmas[-1]`, from those at `sigmas[0]`: (b, n, 4c), in the same dtype.
 
-    negative, cfg_scale: a second pass with the negative prompts, and (b,) of true classifier-free guidance. An image
-    whose scale is exactly 1 takes the positive pass as it is, so that neighbours in the batch do not change it.
-    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each. Each step
-    rounds its change to the dtype of the velocity and sums in fp32, as in diffusers; on the CPU the width of the step
-    is rounded as well.
+    negative, cfg_scale: the velocity for the negative prompts, and the scales (b,) of true classifier-free guidance. An
+    image whose scale is exactly 1 uses the positive pass unchanged, so that neighbours in the batch do not affect it.
+    progress: wraps the iteration over steps, as tqdm does. after_step: changes the latents after each step. Each step
+    rounds its change to the dtype of the velocity and adds it in fp32, as in diffusers; on the CPU the width of the
+    step is rounded as well.
     """
-    # Tensors of no dimension on the CPU, as in diffusers: torch rounds them differently than numbers on some devices.
+    # 0-dim tensors on the CPU, as in diffusers: on some devices torch rounds them differently than Python numbers.
     deltas = [after - before for before, after in pairwise(sigmas.cpu())]
     steps: Iterable[int] = range(len(deltas))
     for step in steps if progress is None else progress(steps):

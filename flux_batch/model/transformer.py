@@ -1,4 +1,4 @@
-"""The FLUX transformer: packed image tokens and a text in, the velocity of each token out; knows no schedule.
+"""The FLUX transformer: packed image tokens and a text in, the velocity of each token out.
 
 Attribute names are the keys of the original checkpoints. Source of the layout: black-forest-labs/flux 802fb47,
 src/flux/model.py. Letters: b batch, l text tokens, n image tokens, s steps.
@@ -27,12 +27,12 @@ from flux_batch.model.params import MODULATION_ROWS, FluxParams
 from flux_batch.model.rope import rotary_table
 from flux_batch.model.sampling import on_device, position_ids
 
-# A table of FLUX.1 takes 2.4 MB at 1024 x 1024 with 512 text tokens, 8.7 MB at 2048 x 2048.
+# A FLUX.1 table takes 2.4 MB at 1024 x 1024 with 512 text tokens, 8.7 MB at 2048 x 2048.
 _MAX_POSITION_TABLES = 8
 
 
 class PromptEmbeds(NamedTuple):
-    """The embeddings of some prompts, by the names of diffusers.
+    """The embeddings of some prompts, with the names of diffusers.
 
     prompt_embeds: (b, l, context), T5's states; pooled_prompt_embeds: (b, vec), CLIP's pooled embedding.
     """
@@ -41,22 +41,22 @@ class PromptEmbeds(NamedTuple):
     pooled_prompt_embeds: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
-        """Return the same on a device, in a dtype."""
+        """Return the embeddings on a device, in a dtype."""
         return PromptEmbeds(*(part.to(device, dtype) for part in self))
 
 
 class Residuals(NamedTuple):
-    """The numbers that side networks add to the image tokens after each block.
+    """The residuals that side networks add to the image tokens after each block.
 
-    (b, n, hidden) each, or nothing after any.
+    (b, n, hidden) for each block of a kind, or an empty sequence for none.
     """
 
     double: Sequence[Tensor]
     single: Sequence[Tensor]
 
     def select(self, images: Tensor) -> Residuals:
-        """Return the residuals of some images of the batch: their indices on the device."""
-        chosen: dict[int, Tensor] = {}  # blocks share residuals
+        """Return the residuals of some images of the batch. images: indices on the device."""
+        chosen: dict[int, Tensor] = {}  # blocks may share a residual: select each tensor once
         for each in (*self.double, *self.single):
             if id(each) not in chosen:
                 chosen[id(each)] = each.index_select(0, images)
@@ -73,12 +73,12 @@ class ImagePrompt(NamedTuple):
 
     @classmethod
     def joined(cls, prompts: Sequence[ImagePrompt]) -> ImagePrompt:
-        """Return those of several IP-Adapters as one: what is found in each is added up."""
+        """Return the image prompts of several IP-Adapters as one; the results of their attentions are summed."""
         blocks = zip(*(prompt.blocks for prompt in prompts), strict=True)
         return cls([[pair for of_one in of_block for pair in of_one] for of_block in blocks])
 
     def select(self, images: Tensor) -> ImagePrompt:
-        """Return the keys and values of some images of the batch: their indices on the device."""
+        """Return the keys and values of some images of the batch. images: indices on the device."""
         return ImagePrompt(
             [[(k.index_select(0, images), v.index_select(0, images)) for k, v in block] for block in self.blocks]
         )
@@ -88,11 +88,11 @@ class _SideNetworks(Protocol):
     """The networks that add residuals to a transformer's image tokens in one denoising loop."""
 
     def __call__(self, step: int, img: Tensor) -> Residuals | None:
-        """Return the residuals at a step for its image tokens (b, n, in_channels); None for none."""
+        """Return the residuals at a step for its image tokens (b, n, in_channels), or None."""
         ...
 
     def changes(self, step: int) -> bool:
-        """Return whether other networks count at a step than at the one before."""
+        """Return whether the set of active networks differs from that of the step before."""
         ...
 
 
@@ -104,7 +104,7 @@ class Modulations(NamedTuple):
     last: Tensor
 
     def select(self, rows: slice | Tensor) -> Modulations:
-        """Return the modulation of some of the rows: a slice, or their indices on the device."""
+        """Return the modulation of some rows. rows: a slice, or indices on the device."""
         return self.map(lambda modulation: modulation[rows])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Modulations:
@@ -118,7 +118,7 @@ class Modulations(NamedTuple):
 
 
 class Flux(nn.Module):
-    """The transformer. `modulation_rows`: rows of modulation to compute together, see `Denoiser`."""
+    """The transformer. `modulation_rows`: the rows of modulation that a `Denoiser` computes together."""
 
     def __init__(self, params: FluxParams) -> None:
         super().__init__()
@@ -142,11 +142,12 @@ class Flux(nn.Module):
     ) -> Tensor:
         """Return the velocity (noise - data): (b, n, out_channels).
 
-        The pipeline computes the same by Denoiser and `velocity`, with the parts that do not change with the
-        image computed once.
+        The pipeline computes the same with `Denoiser` and `velocity`, which compute the parts that do not depend on the
+        image only once.
         img: (b, n, in_channels); txt: (b, l, context_in_dim) T5 states; pe: `position_table` of text then image;
         timesteps: (b,) in [0, 1], 1 is pure noise; y: (b, vec_in_dim) CLIP pooled; guidance: (b,), unused by a
-        model without its embedder. All in the dtype of the weights. Raises: ValueError if it lacks its guidance.
+        model without guidance embedder. All in the dtype of the weights. Raises: ValueError if a model that needs
+        guidance gets none.
         """
         modulations = self.modulations(self.conditioning(timesteps, y, guidance))
         return self.velocity(img, self.txt_in(txt), modulations, pe)
@@ -160,7 +161,7 @@ class Flux(nn.Module):
         residuals: Residuals | None = None,
         prompt: ImagePrompt | None = None,
     ) -> Tensor:
-        """Return the same as `forward`, with text and modulation computed before: txt (b, l, hidden) after `txt_in`."""
+        """Return the same as `forward` from precomputed modulations and txt (b, l, hidden) after `txt_in`."""
         img, txt = self.first_block(self.img_in(img), txt, modulations, pe, prompt)
         return self.last_layer(self.later_blocks(img, txt, modulations, pe, residuals, prompt), modulations)
 
@@ -181,9 +182,9 @@ class Flux(nn.Module):
         residuals: Residuals | None = None,
         prompt: ImagePrompt | None = None,
     ) -> Tensor:
-        """Return the image tokens after all blocks, from both kinds of tokens after the first: (b, n, hidden).
+        """Return the image tokens after all blocks, from image and text tokens after the first: (b, n, hidden).
 
-        residuals: what is added to the image tokens after each block, the first one too.
+        residuals: added to the image tokens after each block, also after the first one.
         """
         double, single = residuals or ((), ())
         img = finite(img + double[0]) if double else img
@@ -231,10 +232,11 @@ class Flux(nn.Module):
 class Denoiser:
     """A Flux with the texts and steps of one denoising loop: call it with each step in turn.
 
-    It computes once what does not change with the image.
-    pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without its
-    embedder; side_networks: what they add to the image tokens; prompt: of IP-Adapters. It gives the velocities of
-    `Flux.forward`, but for the order of sums in modulation.
+    Everything that does not depend on the image is computed only once. The velocities equal those of `Flux.forward`,
+    except for the order of sums in modulation.
+    pe: `position_table` of text then image; timesteps: (s,) in [0, 1]; guidance: (b,), unused by a model without
+    guidance embedder; side_networks: ControlNets, whose residuals are added to the image tokens; prompt: the image
+    prompt of IP-Adapters.
     """
 
     def __init__(
@@ -265,11 +267,11 @@ class Denoiser:
         return self.model.velocity(img, self.txt, self.modulations(step), self.pe, residuals, self.prompt)
 
     def residuals(self, step: int, img: Tensor) -> Residuals | None:
-        """Return what side networks add at a step; None for nothing."""
+        """Return the residuals of the side networks at a step, or None."""
         return None if self.side_networks is None else self.side_networks(step, img)
 
     def modulations(self, step: int) -> Modulations:
-        """Return the modulation of all blocks at a step, b rows; computed for some steps at once."""
+        """Return the modulation of all blocks at a step, b rows. Several steps are computed at once."""
         images = len(self._y)
         if self._modulations is None or step not in self._steps:
             steps_at_once = max(1, self.model.modulation_rows // images)
@@ -287,18 +289,17 @@ class Denoiser:
 
 
 def position_tables(model: Flux, device: torch.device, max_tables: int = _MAX_POSITION_TABLES) -> Callable[..., Tensor]:
-    """Return a function that makes the rotary table of each size once.
+    """Return a function that computes the rotary table of each size once.
 
-    The last tables stay on `device`. The function takes the number of text tokens, height and width of the latents, and
-    a tuple of references as `position_ids` does, and returns `position_table` of text, references, then of such
-    latents: (l + n, head_dim / 2, 2) fp32.
+    The most recently used tables stay on `device`. The function takes the arguments of `position_ids` and returns the
+    `position_table` of text, references and latents: (l + n, head_dim / 2, 2) fp32.
     """
 
     @lru_cache(max_tables)
     def table(
         num_txt_tokens: int, height: int, width: int, references: tuple[tuple[int, int, int, int], ...] = ()
     ) -> Tensor:
-        # In float64, which not every device has.
+        # Computed on the CPU in float64, which not every device has.
         return on_device(model.position_table(position_ids(num_txt_tokens, height, width, references)), device)
 
     return table

@@ -1,1 +1,1 @@
-"""The data set on its way out: names, formats, metadata, staging, commits, lease."""
+"""The output of a run: names of files, formats, metadata, staging, commits, lease."""

@@ -1,4 +1,4 @@
-"""The annotations of a run: columns about its images, made after them, in files and commits of their own.
+"""The annotations of a run: columns about its images, added later, with their own files and commits.
 
     annotations/NAME/NNNNN.parquet              one row for every image of a shard, by `key`
     _run/annotations/NAME/annotator.json        the annotator: its name, options, version and columns
@@ -6,9 +6,9 @@
     _run/annotations/NAME/staging/NNNNN/        finished rows of a shard that is not annotated yet
 
 The protocol is that of images (commits.py): rows are staged, then the file is put if absent, then the commit. A commit
-names two files: its own, and the metadata of the images that it is about. No file of the images is touched; when a
-shard is reverted its annotations go with it, and their rows are staged again. Files that a killed pass did not commit
-are removed by the next one, which has the rows of them staged.
+names two files: the annotations, and the metadata of the images that they describe. No file of the images is changed.
+When a shard is reverted, its annotations are removed too, and their rows are staged again. Files that a killed pass did
+not commit are removed by the next pass, for which their rows are still staged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from flux_batch.output.metadata import parquet_bytes, parquet_table, unpack_meta
 from flux_batch.output.paths import ANNOTATING, ANNOTATIONS, RunFolder, metadata_file, number_in
 from flux_batch.output.staging import StagedImage, Staging
 
-# The columns that every annotation has: the image, and why it has no values.
+# The columns that every annotation has: the key of the image, and the error if there are no values.
 _KEY = pa.field("key", pa.string(), nullable=False)
 _REASON = (pa.field("error_type", pa.string()), pa.field("error_message", pa.string()))
 
 
 class ImageDamaged(FluxBatchError):
-    """An image is missing, or its bytes are not those of its metadata."""
+    """An image is missing, or its bytes differ from those in the metadata."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AnnotationFolder:
 
     @property
     def identity(self) -> str:
-        """The name of the object that says what made the annotations."""
+        """The name of the object that describes the annotator."""
         return f"{ANNOTATING}/{self.name}/annotator.json"
 
     def file(self, shard: int) -> str:
@@ -71,12 +71,12 @@ class AnnotationFolder:
     def revert(self, shard: int, *, keep_failed: bool = True) -> None:
         """Remove the commit and the file of a shard; needs the lease.
 
-        Its rows are staged for the next attempt, in place of what is. keep_failed: rows without values are staged too,
-        except those of damaged images, which may be mended.
+        Its rows are staged for the next attempt and replace those already staged. keep_failed: rows without values are
+        staged too, except those of damaged images, which may be repaired.
         """
         if self.run.store.exists(self.commits.key(shard)):
             rows = self._good_rows(shard)
-            self.staging.remove(shard)  # a pass that was killed after the commit leaves all rows, failed ones too
+            self.staging.remove(shard)  # a pass that was killed after the commit leaves all rows, also failed ones
             if some := [one for one, is_failed in rows if keep_failed or not is_failed]:
                 self.staging.put(shard, some)
         self.run.store.delete(self.commits.key(shard))
@@ -85,7 +85,7 @@ class AnnotationFolder:
     def remove(self) -> None:
         """Remove everything of this name; needs the lease. Safe to call twice.
 
-        The identity is removed last: of what a kill leaves, it still says who made it.
+        The identity is removed last: after a kill it still describes the remaining files.
         """
         of_name = f"{ANNOTATING}/{self.name}"
         for folder in (self.commits.folder, f"{ANNOTATIONS}/{self.name}", self.staging.folder, of_name):
@@ -94,8 +94,8 @@ class AnnotationFolder:
     def remove_uncommitted(self) -> None:
         """Remove files without a commit; the caller holds the lease.
 
-        A pass or a revert that was killed leaves them. They would be adopted as those of a worker that came first,
-        whatever is in them; the rows of a pass are staged too. A worker of a driver that is gone may commit its file
+        A killed pass or revert leaves them. The next pass would adopt them like files of a worker that came first,
+        whatever they contain; the rows of a pass are staged anyway. A worker of a former driver may commit its file
         meanwhile: such a commit is reverted.
         """
         store, done = self.run.store, self.commits.done()
@@ -108,7 +108,7 @@ class AnnotationFolder:
                 self.revert(shard)
 
     def remove_staged_failures(self) -> None:
-        """Remove the staged rows without values; needs the lease. The rows beside them stay staged."""
+        """Remove the staged rows without values; needs the lease. All other rows stay staged."""
         for shard in sorted(self.staging.shards()):
             for name in sorted(self.staging.list(shard).objects):
                 rows = self.staging.read(shard, name)
@@ -117,17 +117,17 @@ class AnnotationFolder:
                     self._replace_staged(shard, name, rows, good)
 
     def _replace_staged(self, shard: int, name: str, rows: Sequence[StagedImage], good: Sequence[StagedImage]) -> None:
-        """Stage the good ones of the rows of an object in its place."""
-        # Marks of lost workers would fail their rows again.
+        """Replace a staged object by one with its good rows only."""
+        # Marks of lost workers would make the removed rows fail again.
         self.staging.forget_losses(shard, {row.key for row in rows} - {row.key for row in good})
         if good:
             self.staging.put(shard, good)
         self.staging.discard(shard, [name])
 
     def _good_rows(self, shard: int) -> list[tuple[StagedImage, bool]]:
-        """Return the rows of a shard to stage, each with a flag: it has no values.
+        """Return the rows of a shard to stage, each with whether it lacks values.
 
-        There are none unless file and metadata have the bytes that the commit names: the rows would be about others.
+        There are none unless file and metadata have the bytes that the commit names: the rows would describe others.
         """
         store, path, metadata = self.run.store, self.file(shard), metadata_file(self.run.shard_name(shard))
         try:
@@ -141,7 +141,7 @@ class AnnotationFolder:
             return []
         except StoreError:
             raise
-        except DECODE_ERRORS:  # damaged: all of its rows are made again
+        except DECODE_ERRORS:  # damaged: all rows of the shard are made again
             return []
         digests = {record["key"]: record["sha256"] for record in records}
         rows = [
@@ -151,12 +151,12 @@ class AnnotationFolder:
 
 
 def annotation_names(run: RunFolder) -> list[str]:
-    """Return the names of a run's annotations, in order."""
+    """Return the names of a run's annotations, sorted."""
     return sorted(name for name, size in run.store.children(ANNOTATING).items() if size is None)
 
 
 def annotation_schema(columns: pa.Schema) -> pa.Schema:
-    """Return the columns of an annotation's file, given those of its annotator."""
+    """Return the columns of an annotation's file, from those of its annotator."""
     return pa.schema([_KEY, *(field.with_nullable(True) for field in columns), *_REASON])
 
 
@@ -171,7 +171,7 @@ def unpack_annotations(data: bytes) -> list[dict[str, Any]]:
 
 
 def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> StagedImage:
-    """Return a row to stage; `sha256` is that of its image."""
+    """Return a row to stage; `sha256` is the hash of its image."""
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, schema.remove_metadata()) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist([row], schema.remove_metadata()))
@@ -179,7 +179,7 @@ def staged_row(row: Mapping[str, Any], schema: pa.Schema, sha256: str) -> Staged
 
 
 def unpack_staged_row(staged: StagedImage, schema: pa.Schema) -> dict[str, Any] | None:
-    """Return a row that was staged, None if it has other columns."""
+    """Return a row that was staged; None if its columns are not those of `schema`."""
     table = _staged_values(staged)
     return dict(table.to_pylist()[0]) if table.schema.equals(schema.remove_metadata()) else None
 

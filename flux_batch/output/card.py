@@ -1,4 +1,4 @@
-"""The data set card: the README.md of an output, so that `datasets.load_dataset(output)` works from the start."""
+"""The data set card: the README.md of an output, which makes `datasets.load_dataset(output)` work from the start."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flux_batch.redaction import public_tree, public_uri
 
 
 def card(config: JobConfig, num_prompts: int, sampled: Mapping[str, str] | None = None) -> str:
-    """Return the card: a header for loaders, then a page for people. Without a date: the same job, the same bytes.
+    """Return the card: a header for loaders, then a page for people. It has no date: the same job gives the same bytes.
 
-    sampled: the shares of each sampler's values, in words.
+    sampled: the shares of each sampler's values, as text.
     """
     pattern = format_for(config.output).loader_pattern
     header = {
@@ -48,14 +48,14 @@ The run is complete when `{SUCCESS}` is there.{_licence(config)}
 
 
 def _licence(config: JobConfig) -> str:
-    """Return a word of warning on the weights; empty for those in the package."""
+    """Return a note on the licence of the weights; empty for those in the package."""
     if config.model.uri == "demo":
         return ""
     return " FLUX.1-dev weights have a licence of their own, which reaches the use of\nwhat they make."
 
 
 def _quality(config: JobConfig) -> str:
-    """Return the row on which images were kept; empty if all were."""
+    """Return the row with the rule by which images were kept; empty if all were kept."""
     quality = config.quality
     if quality is None:
         return ""
@@ -64,7 +64,7 @@ def _quality(config: JobConfig) -> str:
 
 
 def _sources(config: JobConfig) -> str:
-    """Return the row on source images; empty if none are written."""
+    """Return the row about source images; empty if none are written."""
     names = ", ".join(f"`{name}`" for name in config.output.source_names)
     return (
         f"| images before the edit | {names} beside each image, as the model read them, not labelled |\n"
@@ -86,7 +86,7 @@ def _recipe(config: JobConfig) -> str:
 
 
 def _shares(sampled: Mapping[str, str]) -> str:
-    """Return what was drawn as a table; empty if nothing was."""
+    """Return the table of sampled values; empty without samplers."""
     rows = [f"| {_cell(name)} | {_cell(shares)} |\n" for name, shares in sampled.items()]
     return f"\n| sampler | shares of its values |\n|---|---|\n{''.join(rows)}" if rows else ""
 
@@ -96,5 +96,5 @@ def _cell(text: str) -> str:
 
 
 def _yaml(header: dict[str, object]) -> str:
-    """Return the header as YAML; JSON values are YAML too, and need no second library here."""
+    """Return the header as YAML. Its values are written as JSON, which is valid YAML and needs no further library."""
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items())

@@ -1,14 +1,14 @@
 """The log of commits: the counts of a run's commits in one file, so that thousands need not be read one by one.
 
-`_run/commit_log.parquet` has a row a commit, and the `end` below which it lacks only a few shards. The driver writes it
-after every thousand commits and at the end.
+`_run/commit_log.parquet` has a row for each commit, and the `end` below which it lacks only a few shards. The driver
+writes it after every thousand commits and at the end.
 
-It proves nothing: a shard is done by its commit alone. Where a listing costs one request, all commits are listed and
-the log gives their counts. In a bucket with more of them, the commits are listed from the log's end on, and those below
-that it lacks are asked for: a few requests, however long the run is. Then a log whose first or last commit is gone is
-not used; whoever removes a commit removes the log before it, and may write it again after it; and _SUCCESS is written
-after a listing of all commits. A log that is missing, damaged or of another version costs time, since the commits are
-read instead.
+The log proves nothing: only its commit makes a shard done. If one request lists all commits, they are listed and the
+log adds their counts. In a bucket with more commits, only those from the log's end on are listed, and those that the
+log lacks below are looked up: a few requests, however long the run is. In that case stale logs are excluded as follows:
+a log whose first or last commit is gone is not used; the log is removed before any commit is, and may be written again
+afterwards; and _SUCCESS is written only after a listing of all commits. A log that is missing, damaged or of another
+version only costs time, since the commits are read instead.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 _COMMITS_A_WRITE = 1000
-# S3 lists so many by one request.
+# The number of names that S3 lists by one request.
 NAMES_A_PAGE = 1000
-# Shards that the log may lack below its end: each costs a request when it is read.
+# The number of shards that the log may lack below its end: each costs a request when the log is read.
 _MAX_LACKING = 64
 _ROWS_AT_ONCE = 65_536
 _COLUMNS = pa.schema(
@@ -54,7 +54,7 @@ _COLUMNS = pa.schema(
 
 @dataclass
 class CommitLog:
-    """The counts of the committed shards of a run, a column each."""
+    """The counts of the committed shards of a run, in columns."""
 
     commits: Commits
     shards: array[int] = field(default_factory=lambda: array("i"))
@@ -62,7 +62,7 @@ class CommitLog:
     num_failed: array[int] = field(default_factory=lambda: array("i"))
     num_bytes: array[int] = field(default_factory=lambda: array("q"))
     device_s: array[float] = field(default_factory=lambda: array("d"))
-    failures: dict[int, dict[str, int]] = field(default_factory=dict)  # of the shards that have any
+    failures: dict[int, dict[str, int]] = field(default_factory=dict)  # only of shards with failures
     num_written: int = 0
 
     @classmethod
@@ -73,11 +73,11 @@ class CommitLog:
         return found
 
     def update(self) -> None:
-        """Read the commits that came since. Raises: StoreError if one is damaged."""
+        """Read the commits that are new since the last reading. Raises: StoreError if one is damaged."""
         self._read_new(self._end)
 
     def _read_new(self, end: int) -> None:
-        """Read the commits that are not here; below `end` only a few are missing."""
+        """Read the commits that are not in the log yet; below `end` it lacks only a few."""
         commits = self.commits
         if end <= NAMES_A_PAGE or commits.run.store.is_local:
             end, listed = 0, commits.listed()
@@ -93,7 +93,7 @@ class CommitLog:
 
     @property
     def is_done(self) -> bytearray:
-        """1 for each shard of the plan that is committed: a byte, where a set has a hundred."""
+        """1 for each committed shard of the plan: one byte each, where a set takes a hundred."""
         is_done = bytearray(self.commits.run.num_shards)
         for shard in self.shards:
             is_done[shard] = 1
@@ -106,7 +106,7 @@ class CommitLog:
 
     @property
     def _end(self) -> int:
-        """The shard below which only a few are lacking."""
+        """The shard below which the log lacks only a few."""
         end = num_lacking = 0
         for shard, is_there in enumerate(self.is_done):
             num_lacking += not is_there
@@ -135,13 +135,13 @@ class CommitLog:
             self.failures[commit.shard] = commit.failures
 
     def remove(self, shards: Collection[int]) -> None:
-        """Remove the counts of shards whose commits were reverted. The file was removed before them."""
+        """Remove the counts of shards whose commits were reverted. The log file was removed before the commits."""
         reverted = frozenset(shards)
         self._keep(lambda shard: shard not in reverted)
         self.num_written = 0
 
     def _keep(self, is_there: Callable[[int], bool]) -> None:
-        """Remove the counts of shards without a commit; the log is then written again soon."""
+        """Remove the counts of shards without a commit; the log is then due to be written."""
         is_kept = bytearray(map(is_there, self.shards))
         if not all(is_kept):
             for values in self._columns:
@@ -151,11 +151,11 @@ class CommitLog:
 
     @property
     def is_due(self) -> bool:
-        """True if many commits came since the log was written."""
+        """True if there are many new commits since the log was written."""
         return len(self.shards) - self.num_written >= _COMMITS_A_WRITE
 
     def write(self) -> None:
-        """Write the log unless it has nothing new; needs the lease."""
+        """Write the log if it has changed; needs the lease."""
         if len(self.shards) > self.num_written:
             self.commits.run.store.write(COMMIT_LOG, self._to_parquet())
             self.num_written = len(self.shards)
@@ -177,7 +177,7 @@ class CommitLog:
 
     @classmethod
     def saved(cls, commits: Commits) -> tuple[CommitLog, int]:
-        """Read the saved log alone, and its end; an empty one, from 0 on, if there is none that can be used."""
+        """Read the saved log and its end; an empty log and 0 if there is none that can be used."""
         store = commits.run.store
         try:
             found, end = cls._from_parquet(commits, store.read(COMMIT_LOG))
@@ -203,7 +203,7 @@ class CommitLog:
         if end < 0 or min(found.shards, default=0) < 0 or any(one >= next_ for one, next_ in pairwise(found.shards)):
             raise ValueError("its shards do not fit together")
         found.num_written = len(found.shards)
-        found._keep(range(num_shards).__contains__)  # a driver may have extended the plan since it was read here
+        found._keep(range(num_shards).__contains__)  # a driver may have extended the plan after it was read here
         return found, min(end, num_shards)
 
     def _add_rows(self, rows: pa.RecordBatch) -> None:
@@ -213,18 +213,21 @@ class CommitLog:
             if column.null_count:
                 raise ValueError("it has gaps")
             start, end = (values.itemsize * at for at in (column.offset, column.offset + len(column)))
-            values.frombytes(memoryview(column.buffers()[1]).cast("B")[start:end])  # without an object for each
+            values.frombytes(memoryview(column.buffers()[1]).cast("B")[start:end])  # copies without Python objects
         for row in rows.select(["shard", "failures"]).filter(failures.is_valid()).to_pylist():
             self.failures[row["shard"]] = json.loads(row["failures"])
 
 
 def check_all_committed(commits: Commits) -> None:
-    """Raise Interrupted if a shard has no commit, whatever the log says; the log is removed then. Needs the lease."""
+    """Raise Interrupted if a shard has no commit, whatever the log says. Needs the lease.
+
+    The log is then removed.
+    """
     unlisted = list(commits.listed().missing)
-    missing = set(unlisted) - {commit.shard for commit in commits.find_all(unlisted)}  # a listing may be late
+    missing = set(unlisted) - {commit.shard for commit in commits.find_all(unlisted)}  # a listing may be stale
     if missing:
         commits.run.store.delete(COMMIT_LOG)
         raise Interrupted(
-            f"{commits.run.store.uri}: {len(missing)} commits were removed, that of shard {min(missing)} is one; "
+            f"{commits.run.store.uri}: {len(missing)} commits were removed, among them that of shard {min(missing)}; "
             "run the same command again, which makes their shards"
         )

@@ -1,61 +1,61 @@
 """The commit protocol: how a shard becomes done, and the proof that it is.
 
-The order of writes of one attempt at a shard. Each object is there whole or not at all (Store):
+An attempt at a shard writes in this order. Each object exists whole or not at all (Store):
 
     0. staging    _run/staging/NNNNN/ID.parquet, the finished images of a batch
     1. data       train/NNNNN.tar, or train/NNNNN.parquet, or the images one by one
     2. metadata   metadata/NNNNN.parquet
-    3. copies     train/NNNNN/metadata.parquet, the images of 2 once more, where they are stored one by one;
-                  _run/failed/NNNNN.parquet, its failed rows, when there are any
+    3. copies     train/NNNNN/metadata.parquet, the list of images from 2, if they are stored one by one;
+                  _run/failed/NNNNN.parquet, the failed rows, if there are any
     4. commit     _run/commits/NNNNN.json, which names the files in train/ and metadata/ with size and sha256
     5. clean-up   the objects of 0 are removed
 
-Killed in 0   A batch is staged while the next is made, and no third begins before that: the batch in the making is
-              lost, and at most the one on its way. The next attempt at the shard, on any node, adopts what is staged.
-              A staged image counts if its digest is right and it is what the plan asks for now. Batches are formed of
-              all rows, staged or not, so that an image has the neighbours, and the bytes, of an undisturbed run.
-              1 to 5 run while the next shard is at 0: a kill then loses what it loses in 0.
-Killed in 1   The next attempt adopts all images. It keeps the files that are there already.
-Killed in 2-3 The same. Before 4 no reader follows the files: the shard is not done, however much of it is there.
-Killed in 4   The commit is there or not. If its answer is lost, the next attempt reads it and makes nothing.
-Killed in 5   The shard is done. The rest of 0 is removed when the run is complete, or by `gc`.
+Killed in 0   A batch is staged while the next one is made, and a third one starts only after that. So the kill loses
+              the batch being made, and at most the batch being staged. The next attempt at the shard, on any node,
+              adopts the staged images whose digest is right and which the current plan asks for. Batches are formed
+              from all rows, staged or not, so that an image has the same neighbours, and the same bytes, as in an
+              undisturbed run. Steps 1 to 5 run while the next shard is in step 0, so a kill then loses that, too.
+Killed in 1   The next attempt adopts all images, and keeps the files that exist already.
+Killed in 2-3 The same. Before 4 no reader follows the files: the shard is not done, even if all its files exist.
+Killed in 4   The commit exists or not. If only the answer is lost, the next attempt reads the commit and makes nothing.
+Killed in 5   The shard is done. The remaining staged objects are removed when the run is complete, or by `gc`.
 
-The commit alone makes a shard done, and it comes after everything it names: a reader that follows the commits never
-sees half a shard. Staging saves time and proves nothing: losing it costs no image.
+Only the commit makes a shard done, and it is written after everything it names: a reader that follows the commits never
+sees half a shard. Staging only saves time: losing staged images costs the time to make them again.
 
-Data, metadata and commit are put-if-absent: the first writer wins, file by file. A worker that finds a file taken reads
-it. The same bytes are as good as its own; other bytes (a device that rounds differently, a row that failed for one
-worker and not for the other) are adopted, and everything written after them describes them. From 2 on the metadata
-decides: a worker that finds another's takes the files that it names, and removes an image of its own whose row failed
-there. So two workers on one shard, in any interleaving, end in one set of files that fit together, and in one commit;
-the second one removes what it staged, reports the commit that stands, and overwrites nothing. Each writer has its own
-names in 0; 3 is made of 2, whoever wrote that.
+Data, metadata and commit are put-if-absent: for each file the first writer wins. A worker that finds a file already
+written reads it. If its bytes differ (a device rounds differently, or a row failed for only one of two workers), the
+worker adopts them, and everything that it writes later describes them. From 2 on the metadata decides: a worker that
+finds the metadata of another takes the files that it names, and removes its own image of a row that failed there. So
+two workers on one shard, in any interleaving, end with one consistent set of files and one commit. The second one
+removes its staged images, reports the existing commit, and overwrites nothing. In 0 each writer has names of its own; 3
+is always derived from the stored metadata.
 
-A lost worker leaves a trace. After the first loss on a shard, each batch waits until the last one is staged. It is
+Lost workers leave a trace. After the first loss on a shard, each batch waits until the one before it is staged. It is
 marked as started (_run/staging/NNNNN/try-*.json) before anything of it is read or made, and the mark is removed after
 it. A batch whose mark was left behind is made last in the next attempt, one image at a time; an image whose mark was
 left behind twice is recorded as failed (WorkerLost). Everything else of the shard is made and committed.
 
-Put-if-absent is one conditional request for an object of up to 5 GiB, whatever parts a client might send it in: some
-stores honour the condition there, and ignore it at the end of an upload in parts. On a store that ignores it there too,
-put-if-absent is a look-up and then one request. An object of 5 MiB or more is sent in parts first; when they are all
-there, its writers take turns (storage/turns.py) to look it up and to end their upload. So a writer that was held up in
-the middle of an upload, for however long, changes nothing, and of several at once one is the first.
+Put-if-absent is one conditional request for an object of up to 5 GiB, never a multipart upload: some stores honour the
+condition of a single request but ignore it at the end of a multipart upload. On a store that ignores both,
+put-if-absent is a look-up followed by one request. There an object of 5 MiB or more is first uploaded in parts; then
+its writers take turns (storage/turns.py) to look it up and to complete their uploads. So a writer that is delayed
+during its upload, for however long, changes nothing, and only one of several concurrent writers is the first.
 
-What is left on such a store: two workers that publish one shard can overwrite each other's objects below 5 MiB if both
-have looked before the request of either has arrived, and larger ones if one is held up for 10 s between the two; that
-goes for objects above 5 GiB on stores that honour single conditional requests alone. It is harmless while they make the
-same bytes, as devices of one kind do; metadata and commit, which are small, describe the data that stands. Otherwise
-the files of the later one stand, the commit may be of the earlier one, and `verify` finds it by the sha256. It takes
-two workers that finish the same shard within one request: a partitioned worker, or the duplicate of a slow shard at the
-end of a run. Nothing else depends on conditional writes.
+The remaining risk on such a store: two workers that publish one shard can overwrite each other's objects below 5 MiB if
+both have looked before the request of either arrives, and larger ones if one is delayed for 10 s between the two steps.
+The latter also holds for objects above 5 GiB on stores that honour only single conditional requests. It is harmless if
+both make the same bytes, as devices of one kind do; metadata and commit are small and describe the stored data.
+Otherwise the later files stay, the commit may be the earlier one, and `verify` finds the difference by the sha256. It
+takes two workers that finish the same shard within one request: a partitioned worker, or the duplicate of a slow shard
+at the end of a run. Nothing else depends on conditional writes.
 
-A revert (revert.py) removes files, and put-if-absent is no guard against that. It needs the lease, so only a worker
-whose driver has lost the run can be in the middle of 1 to 4 then. One that was held up there for long, as by a machine
-that slept, looks whether its files are still there before 4.
+A revert (revert.py) removes files, which put-if-absent cannot prevent. It needs the lease, so only a worker whose
+driver has lost the run can be in steps 1 to 4 then. A worker that was delayed there for long, for example because its
+machine slept, checks before 4 that its files still exist.
 
-A kill in the middle of an upload in parts leaves these in the store, where no listing of objects shows them. They are
-aborted at the end of the run and by `gc`, and `verify` counts them.
+A kill during a multipart upload leaves its parts in the store, where no listing of objects shows them. They are aborted
+at the end of the run and by `gc`, and `verify` counts them.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ from flux_batch.storage.store import Store
 
 _VERSION = 1
 _READERS = 16
-# Commits that are in memory at once: one that names single images takes some 50 kB.
+# The number of commits in memory at once: one that names single images takes about 50 kB.
 _READ_AHEAD = 256
-# Uploads at once: single images are small, so their speed depends on the number of requests in flight.
+# The number of concurrent uploads: single images are small, so their speed depends on the requests in flight.
 _WRITERS = 16
-# A worker that took so long to publish may have slept while another driver had the run, and reverted the shard.
+# After this time a publishing worker may have slept while another driver had the run and reverted the shard.
 _HELD_UP_S = 10.0
 _NO_WORK = ShardWork()
 
@@ -117,9 +117,9 @@ class Commits:
         return self.run.store.scan(self.folder, _numbers_in, with_sizes=False)
 
     def listed(self, first: int = 0) -> ShardFiles:
-        """List the commits of the plan's shards in columns, and what else lies beside them.
+        """List the commits of the plan's shards from `first` on, and other objects beside them.
 
-        Those before `first` are left out. Raises: StoreError.
+        Raises: StoreError.
         """
         return ShardFiles.list(self.run, self.folder, ".json", with_sizes=False, first=first)
 
@@ -140,18 +140,18 @@ class Commits:
         return None
 
     def read_all(self, shards: Sequence[int]) -> Iterator[Commit]:
-        """Yield commits in the order given; only a few are in memory. Raises: the errors of `read`."""
+        """Yield commits in the given order, with only a few in memory. Raises: the errors of `read`."""
         with ThreadPoolExecutor(_READERS) as pool:
             for first in range(0, len(shards), _READ_AHEAD):
                 yield from pool.map(self.read, shards[first : first + _READ_AHEAD])
 
     def find_all(self, shards: Iterable[int]) -> list[Commit]:
-        """Read the commits of those shards that are done, several at a time. Raises: as `find`."""
+        """Read the commits of those shards that are done, several at a time. Raises: the errors of `find`."""
         with ThreadPoolExecutor(_READERS) as pool:
             return [commit for commit in pool.map(self.find, shards) if commit]
 
     def put(self, commit: Commit) -> Commit:
-        """Write a commit, which makes its shard done. Returns: the commit that stands, perhaps another worker's."""
+        """Write a commit, which makes its shard done. Returns: the stored commit, which may be another worker's."""
         body = json.dumps({"version": _VERSION, **asdict(commit)}, indent=1).encode()
         try:
             self.run.store.put_if_absent(self.key(commit.shard), body)
@@ -171,7 +171,7 @@ def _numbers_in(entries: Iterable[Entry]) -> set[int]:
 
 
 def parse_commit(data: bytes) -> Commit:
-    """Read a commit from the bytes of its object. Raises: ValueError if they are not a commit."""
+    """Parse a commit from the bytes of its object. Raises: ValueError if they are not a commit."""
     try:
         fields = json.loads(data)
         return Commit(
@@ -193,7 +193,7 @@ def parse_commit(data: bytes) -> Commit:
 
 
 def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
-    """Return the record of a file. Raises: ValueError for a path outside the data set, as a stranger may write it."""
+    """Return the record of a file. Raises: ValueError for a path outside the data set: the commit is not trusted."""
     if not is_within(path, TRAIN, METADATA, ANNOTATIONS):
         raise ValueError(f"{path!r} is not a file of a run")
     return StoredFile(path=path, bytes=bytes, sha256=sha256)
@@ -201,7 +201,7 @@ def _file_of_run(*, path: str, bytes: int, sha256: str) -> StoredFile:
 
 @dataclass(frozen=True)
 class Publisher:
-    """The writer of finished shards: takes their images through the protocol above."""
+    """The writer of finished shards, by the protocol above."""
 
     commits: Commits
     output_format: OutputFormat
@@ -219,9 +219,9 @@ class Publisher:
     ) -> Commit:
         """Write data, failures, metadata and commit of a shard.
 
-        `records` are all of the shard in input order, failed ones included; `images` has the encoded file of each made
-        image by key; `scratch` is an empty local folder; `work` is written into the commit. Returns: the commit that
-        stands. Raises: FluxBatchError if files of it were removed meanwhile.
+        `records`: all records of the shard in input order, failed ones included; `images`: the encoded file of each
+        successful image, by key; `scratch`: an empty local folder; `work`: written into the commit. Returns: the stored
+        commit. Raises: FluxBatchError if files of the shard were removed meanwhile.
         """
         started, began = time.monotonic(), self.clock()
         name = self.commits.run.shard_name(shard)
@@ -256,7 +256,7 @@ class Publisher:
     def _put_images(
         self, name: str, records: Sequence[ImageRecord], images: dict[str, Path], stored: _StoredData
     ) -> Sequence[ImageRecord]:
-        """Write the images. Returns: the records of those that are stored, whoever made them."""
+        """Write the images. Returns: the records, with the facts of the stored images, whoever made them."""
         if samples := [Sample(record, images[record.key]) for record in records if record.status == "success"]:
             stored.create(self.output_format.pack(name, samples, stored.scratch))
         # Another attempt may have made the images that failed here.
@@ -271,7 +271,7 @@ class Publisher:
     def _put_list(
         self, name: str, records: Sequence[ImageRecord], rows: Sequence[Mapping[str, Any]], stored: _StoredData
     ) -> None:
-        """Write the list of the images in the metadata, `rows`; keep the files of these, and remove others."""
+        """Write the list of the images in `rows`, the metadata; keep the files of these, and remove others."""
         images = {row["key"]: _StoredImage.of_row(row) for row in rows if row["status"] == "success"}
         files = [self.output_format.image_files(name, key) for key in images]
         stored.remove(stored.files.keys() - {file for some in files for file in some})
@@ -282,11 +282,11 @@ class Publisher:
     def _adopted(
         self, name: str, records: Sequence[ImageRecord], images: Mapping[str, _StoredImage]
     ) -> Sequence[ImageRecord]:
-        """Return the records of images that are stored, whoever made them."""
+        """Return the records, with the facts of the stored images, whoever made them."""
         return [_adopt(record, images, self.output_format.file_name(name, record.key)) for record in records]
 
     def _check_there(self, files: Sequence[StoredFile]) -> None:
-        """Raise FluxBatchError unless all files are there, with their sizes."""
+        """Raise FluxBatchError unless all files exist with their recorded sizes."""
 
         def is_there(file: StoredFile) -> bool:
             try:
@@ -299,7 +299,7 @@ class Publisher:
         for file, here in zip(files, are_there, strict=True):
             if not here:
                 raise FluxBatchError(
-                    f"{self.commits.run.store.url(file.path)}: was removed or replaced while this worker was held up; "
+                    f"{self.commits.run.store.url(file.path)}: was removed or replaced while this worker was delayed; "
                     "its shard is not committed"
                 )
 
@@ -315,7 +315,7 @@ class Publisher:
 
 @dataclass(frozen=True, slots=True)
 class _StoredImage:
-    """The facts of an image that is stored; `sources` are the columns of its source images."""
+    """The facts of a stored image; `sources`: the columns of its source images."""
 
     sha256: str
     bytes: int
@@ -323,48 +323,48 @@ class _StoredImage:
 
     @classmethod
     def of_sample(cls, sample: StoredSample) -> _StoredImage:
-        """Return those of an image whose bytes are here."""
+        """Return the facts of an image from its bytes."""
         sources = source_fields(sample.sources.values())
         return cls(hashlib.sha256(sample.image).hexdigest(), len(sample.image), sources)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> _StoredImage:
-        """Return those of an image that the metadata has."""
+        """Return the facts of an image from its row of the metadata."""
         sources = {name: row[name] for name in SOURCE_COLUMNS if row.get(name) is not None}
         return cls(row["sha256"], row["bytes"], sources)
 
 
 class _StoredData:
-    """The stored data files of a shard: ours, or those of a worker that came first."""
+    """The stored data files of a shard: our own, or those of a worker that came first."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
         self.scratch = scratch
-        self.files: dict[str, StoredFile] = {}  # by key, as the next
+        self.files: dict[str, StoredFile] = {}  # by key, like `paths`
         self.paths: dict[str, Path] = {}  # local copies
         self.is_adopted = False
 
     def create(self, files: Iterable[tuple[str, Path]]) -> None:
-        """Store files of ours, several at a time, each unless it is there already."""
+        """Store our files, several at a time; keep files that exist already."""
         with ThreadPoolExecutor(_WRITERS) as pool:
             for file, path, is_adopted in pool.map(self._create, files):
                 self._add(file, path, is_adopted)
 
     def adopt(self, keys: Sequence[str]) -> None:
-        """Add files that another worker stored, if all are there."""
+        """Add files that another worker stored, if all of them exist."""
         missing = [key for key in keys if key not in self.paths]
         if all(self._store.exists(key) for key in missing):
             for key in missing:
                 self._add(*self._fetch(key), True)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove files that belong to no image: another worker has settled that these failed."""
+        """Remove files of images that another worker has recorded as failed."""
         for key in sorted(keys):
             self._store.delete(key)
             del self.files[key], self.paths[key]
 
     def _create(self, file: tuple[str, Path]) -> tuple[StoredFile, Path, bool]:
-        """Write one file unless another worker has. Returns: the file, a local copy, whether another wrote it."""
+        """Write a file unless it exists. Returns: the file, a local copy, and whether another worker wrote it."""
         key, path = file
         ours = _stored_file(key, path)
         try:
@@ -386,7 +386,7 @@ class _StoredData:
 
 
 def _adopt(record: ImageRecord, images: Mapping[str, _StoredImage], file_name: str) -> ImageRecord:
-    """Return a record of the image that is stored, whoever made it."""
+    """Return a record with the facts of the stored image, whoever made it."""
     if record.key not in images:
         if record.status == "failed":
             return record

@@ -1,7 +1,6 @@
-"""The output formats: which files a shard has in each, which bytes, and how to read the images back.
+"""The output formats: the files of a shard in each, their bytes, and how images are read back.
 
-Knows records and encoded images; does not know how they were made or when a shard counts as done (commits.py).
-Bytes are a function of the records and the images: fixed times and owners in tars, fixed order everywhere.
+Bytes are a function of the records and the images alone: times and owners in tars are fixed, and so is every order.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from flux_batch.records import ImageRecord
 from flux_batch.storage.passthrough import feature
 from flux_batch.storage.store import BLOCK_BYTES, Store
 
-# Row groups of at most 100 images: what dataset viewers can still page through. Arrow reads no whole group with 2 GiB
-# of images, which 90 of 4096 x 4096 have; a few at a time it does.
+# Row groups of at most 100 images, so that dataset viewers can page through them. Arrow cannot read a row group with
+# 2 GiB of images (90 of 4096 x 4096) at once, but it can read a few images of it at a time.
 IMAGES_PER_ROW_GROUP = 100
 BYTES_PER_ROW_GROUP = 1 << 30
 _IMAGES_IN_MEMORY = 16
-# A bound on the bytes of a source image, of which the metadata has the hash alone: more than the largest takes.
+# A bound on the bytes of a source image, larger than any: the metadata has only its hash, not its size.
 MAX_SOURCE_BYTES = 256 * 2**20
 # The errors that readers of tars and Parquet raise for damaged bytes.
 DECODE_ERRORS = (
@@ -43,9 +42,9 @@ _NO_PASSTHROUGH = pa.schema([])
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image that was made: its record and its encoded bytes on local disk.
+    """A successful image: its record and its encoded bytes on local disk.
 
-    Its source images, where a job writes them, lie beside it: see `source_path`.
+    If the job writes source images, they lie beside it: see `source_path`.
     """
 
     record: ImageRecord
@@ -56,7 +55,7 @@ class Sample:
         return self._file(source).read_bytes()
 
     def size(self, source: str = "") -> int:
-        """Return the number of these bytes."""
+        """Return the number of bytes of the image, or of one of its source images."""
         return self._file(source).stat().st_size
 
     def _file(self, source: str) -> Path:
@@ -73,12 +72,12 @@ class StoredSample:
 
 
 def source_path(path: Path, source: str) -> Path:
-    """Return the local file of a source image, which lies beside that of its image."""
+    """Return the local file of a source image, beside the file of its image."""
     return path.with_name(f"{path.name}.{source}")
 
 
 class OutputFormat(Protocol):
-    """One way to name, pack and unpack the images of a shard. All its files are in TRAIN, named after the shard."""
+    """A way to name, pack and unpack the images of a shard. All files are in TRAIN, named after the shard."""
 
     @property
     def suffix(self) -> str:
@@ -92,7 +91,7 @@ class OutputFormat(Protocol):
 
     @property
     def loader_pattern(self) -> str:
-        """The pattern by which `datasets` finds the files of all shards."""
+        """The pattern with which `datasets` finds the files of all shards."""
         ...
 
     def location(self, shard: str) -> str:
@@ -112,36 +111,36 @@ class OutputFormat(Protocol):
         ...
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield each file that holds images: its key in the store, and its local path, which may be under `scratch`."""
+        """Yield each file with images: its key in the store, and its local path, which may be under `scratch`."""
         ...
 
     def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield the files that list the images of a shard beside them; `records` are those of stored images."""
+        """Yield the files that list the images of a shard. records: the records of stored images."""
         ...
 
     def entries(self, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-        """Yield the contents of the data files, one by one: each image as KEY.suffix, and then what lies beside it.
+        """Yield the contents of the data files: each image as KEY.suffix, followed by its other entries.
 
-        A source image is KEY.source.suffix. Raises: one of DECODE_ERRORS if the files are not what they should be.
+        A source image is KEY.source.suffix. Raises: one of DECODE_ERRORS if the files are damaged.
         """
         ...
 
     def entry_names(self, keys: Iterable[str]) -> Iterator[str]:
-        """Yield the name of every entry that belongs to the images of these keys."""
+        """Yield the name of every entry that belongs to the images with these keys."""
         ...
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
         """Yield key and encoded bytes of some images of a stored file, in its order.
 
-        KEY.source stands for a source image of the image KEY, which the file holds. Little is read of the others.
-        `sizes` has the recorded bytes by key, of which at most one more is read from a tar or an image; of Parquet, a
-        row group is in memory. Raises: StoreError; one of DECODE_ERRORS at a file that is damaged.
+        KEY.source stands for a source image of the image KEY, which the file holds. Little is read of other images.
+        `sizes`: the recorded number of bytes by key; from a tar or an image file at most one byte more is read. Of a
+        Parquet file, a row group is in memory. Raises: StoreError; one of DECODE_ERRORS for a damaged file.
         """
         ...
 
 
 def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -> OutputFormat:
-    """Return the format that the section `output` of a job file asks for."""
+    """Return the format of the section `output` of a job file."""
     suffix = SUFFIXES[output.image.type]
     if output.format == "webdataset":
         return _WebDataset(suffix, passthrough, output.source_names)
@@ -151,7 +150,7 @@ def format_for(output: OutputConfig, passthrough: pa.Schema = _NO_PASSTHROUGH) -
 
 
 def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[tuple[str, bytes]]:
-    """Yield key and bytes of each image in local data files. Raises: as `entries`."""
+    """Yield key and bytes of each image in local data files. Raises: the errors of `entries`."""
     for name, data in output_format.entries(shard, files):
         key, _, rest = name.partition(".")
         if rest == output_format.suffix:
@@ -159,7 +158,7 @@ def iter_images(output_format: OutputFormat, shard: str, files: Mapping[str, Pat
 
 
 def iter_samples(output_format: OutputFormat, shard: str, files: Mapping[str, Path]) -> Iterator[StoredSample]:
-    """Yield each image in local data files with its source images. Raises: as `entries`."""
+    """Yield each image in local data files with its source images. Raises: the errors of `entries`."""
     names = {f"{source}.{output_format.suffix}": source for source in output_format.sources}
     for key, entries in groupby(output_format.entries(shard, files), lambda entry: entry[0].partition(".")[0]):
         parts = {name.partition(".")[2]: data for name, data in entries}
@@ -170,7 +169,7 @@ def iter_samples(output_format: OutputFormat, shard: str, files: Mapping[str, Pa
 
 @dataclass(frozen=True, slots=True)
 class _OneFile:
-    """One file a shard, which holds the images and their records."""
+    """A format with one file for each shard, which holds the images and their records."""
 
     suffix: str
     passthrough: pa.Schema
@@ -195,7 +194,7 @@ class _OneFile:
         return (self.location(shard),)
 
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the name of the file; there is none without an image."""
+        """Return the name of the file; an empty set without images."""
         return {self.file_name(shard, key) for key in keys}
 
     def list_images(self, shard: str, records: Sequence[ImageRecord], scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -204,9 +203,9 @@ class _OneFile:
 
 
 class _WebDataset(_OneFile):
-    """One tar a shard: KEY.png, KEY.txt, KEY.json a sample; loads with webdataset and datasets.
+    """One tar for each shard, with KEY.png, KEY.txt and KEY.json; loads with webdataset and datasets.
 
-    Source images are KEY.source.png, KEY.source_1.png and so on, which loaders call source.png.
+    Source images are KEY.source.png, KEY.source_1.png and so on; loaders name them source.png and so on.
     """
 
     file_suffix = "tar"
@@ -238,7 +237,7 @@ class _WebDataset(_OneFile):
         return (f"{key}.{kind}" for key in keys for kind in (self.suffix, *sources, "txt", "json"))
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Walk from header to header and stop at the last image that is wanted."""
+        """Read header after header, and stop after the last wanted image."""
         left = set(sizes)
         with store.open(file_name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -252,10 +251,10 @@ class _WebDataset(_OneFile):
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """One folder a shard: a file an image, and a metadata.parquet that makes it a Hugging Face imagefolder.
+    """One folder for each shard: image files and a metadata.parquet, which make it a Hugging Face imagefolder.
 
-    Source images are files too: KEY.source.png, in the column `source_file_name`, which loaders call `source`. Parquet
-    and not JSON lines, since types must be those of all shards and not what a loader guesses from one.
+    Source images are files too: KEY.source.png, in the column `source_file_name`, which loaders name `source`. The
+    metadata is Parquet, not JSON lines, so that loaders need not guess types, which could differ between shards.
     """
 
     suffix: str
@@ -276,11 +275,11 @@ class _Files:
         return tuple(f"{self.location(shard)}/{name}" for name in self._names(key))
 
     def files(self, shard: str, keys: Iterable[str]) -> set[str]:
-        """Return the names of the images and of their list; none without an image."""
+        """Return the names of the images and of their list; an empty set without images."""
         return {f"{self.location(shard)}/{name}" for name in self.entry_names(keys)}
 
     def pack(self, shard: str, samples: Sequence[Sample], scratch: Path) -> Iterator[tuple[str, Path]]:
-        """Yield each image as it is."""
+        """Yield each image file unchanged."""
         for sample in samples:
             paths = (sample.path, *(source_path(sample.path, source) for source in self.sources))
             yield from zip(self.image_files(shard, sample.record.key), paths, strict=True)
@@ -314,7 +313,7 @@ class _Files:
         return iter([*names, "metadata.parquet"] if names else [])
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Read the one image of a file; its source images are in files beside it."""
+        """Read the image of a file; its source images are files of their own."""
         for name, size in sizes.items():
             _, source = key_and_source(name, self.sources)
             beside = f"{file_name.removesuffix(self.suffix)}{source}.{self.suffix}"
@@ -326,9 +325,9 @@ class _Files:
 
 
 class _Parquet(_OneFile):
-    """One Parquet file a shard: the image inside, as Hugging Face's Image feature, beside its record.
+    """One Parquet file for each shard: images as Hugging Face's Image feature, beside their records.
 
-    Source images are columns like it: source, source_1 and so on.
+    Source images are further columns of that type: source, source_1 and so on.
     """
 
     file_suffix = "parquet"
@@ -368,7 +367,7 @@ class _Parquet(_OneFile):
         return (self._name(key, source) for key in keys for source in ("", *self.sources))
 
     def read_images(self, store: Store, file_name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Read the keys, then the images of each row group that has some of them: they lie in one page."""
+        """Read the keys, then whole row groups with wanted images: the images of a group lie in one page."""
         with (
             store.open(file_name) as file,
             pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as table,
@@ -406,13 +405,13 @@ class _Parquet(_OneFile):
 
 
 def key_and_source(name: str, sources: Sequence[str]) -> tuple[str, str]:
-    """Return key and source of a name KEY.source; any other name is all key."""
+    """Return key and source of a name KEY.source; for any other name the name and ""."""
     key, _, source = name.partition(".")
     return (key, source) if source in sources else (name, "")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member with nothing of this machine or moment in it."""
+    """Add a member with a fixed time and owner."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     member.mode = 0o644
@@ -424,5 +423,5 @@ def _json(fields: dict[str, Any]) -> bytes:
 
 
 def _features(schema: pa.Schema, images: Iterable[str]) -> dict[str, Any]:
-    """Return the columns as Hugging Face features, so that those of images load as images."""
+    """Return the columns as Hugging Face features, so that image columns load as images."""
     return {field.name: feature(field.type) for field in schema} | {name: {"_type": "Image"} for name in images}

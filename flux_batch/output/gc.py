@@ -1,6 +1,6 @@
-"""Leftovers: the objects of an output that no commit names, half-written, staged in vain, not committed or unknown.
+"""Leftovers: the objects of an output that no commit names: half-written, staged, uncommitted or unknown.
 
-Looks at the folders of a run alone, `train`, `metadata` and `_run`: whatever else lies beside them is somebody else's.
+Only the folders of a run (`train`, `metadata` and `_run`) are searched: other files beside them belong to others.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ from flux_batch.storage.store import STORE_TMP, Store
 
 log = logging.getLogger(__name__)
 
-# Folders that are listed, or commits that are read, at once.
+# The number of folders to list, or commits to read, at once.
 _THREADS = 16
 # The files and folders of this program in RUN.
 _OF_RUN = {ANNOTATING, BATCH_SIZE, COMMIT_LOG, COMPILE_CACHE, GALLERY, JOB, PLAN, PRECISION, PROGRESS, REPORT}
 _OF_RUN |= {COMMITS, FAILED, LEASE, REPORT_PAGE, REVERTING, SELECTIONS, STAGING, STORE_TMP}
 
-# A file whose write never ended; staged images that nobody needs any more; files of a shard that is not committed,
-# and still may be; a file that no run puts there.
+# In this order: a file whose write never ended; staged images that are no longer needed; files of a shard that is not
+# committed, but may still be; a file that no run writes there.
 _LeftoverKind = Literal["half-written", "staged", "uncommitted", "stray"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Leftover:
-    """An object that no commit names; `shard` is the one it seems to belong to, if any.
+    """An object that no commit names; `shard` is the shard that it seems to belong to, if any.
 
-    With `upload` it is no object yet: parts of one, whose writer was killed.
+    With `upload` it is an unfinished multipart upload, whose writer was killed.
     """
 
     key: str
@@ -75,7 +75,7 @@ class _Leftover:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a run, each folder listed once, the commits first."""
+    """The files of a run, with each folder listed once, the commits first."""
 
     commits: ShardFiles
     data: ShardFiles
@@ -86,9 +86,9 @@ class Listing:
     def of(
         cls, run: RunFolder, output_format: OutputFormat | None = None, commits: ShardFiles | None = None
     ) -> Listing:
-        """List the folders of a run, that of the commits unless it has been; a format saves memory.
+        """List the folders of a run. commits: the listing of the commits, if the caller has it.
 
-        Without one, all that lies in `train` is among the others. Raises: StoreError.
+        output_format: saves memory; without it, all entries of `train` count as `others`. Raises: StoreError.
         """
         suffix = output_format.location("").removeprefix(f"{TRAIN}/") if output_format else ""
         return cls(
@@ -100,14 +100,14 @@ class Listing:
 
 
 def logged_shards(run: RunFolder, listing: Listing, log: CommitLog) -> bytearray:
-    """Return 1 for each committed shard whose files have the bytes of the log.
+    """Return 1 for each committed shard whose files have the sizes in the log.
 
-    Its commit need not be read: it names them. A shard with failures has a table of them, too.
+    The commit of such a shard names these files and need not be read. A shard with failures has a table of them, too.
     """
     is_logged = bytearray(run.num_shards)
     tables, failures = listing.tables.sizes, listing.failures.sizes
     for shard, num_bytes, num_failed in zip(log.shards, log.num_bytes, log.num_failed, strict=True):
-        if shard in listing.commits:  # a damaged log may name shards that the plan has not
+        if shard in listing.commits:  # a damaged log may name shards outside the plan
             data = max(0, listing.data.sizes[shard])  # no file if all images failed
             is_listed = tables[shard] >= 0 and data + tables[shard] == num_bytes
             is_logged[shard] = is_listed and (failures[shard] >= 0) == (num_failed > 0)
@@ -117,10 +117,10 @@ def logged_shards(run: RunFolder, listing: Listing, log: CommitLog) -> bytearray
 def find_leftovers(
     run: RunFolder, listing: Listing | None = None, is_named: bytearray | None = None
 ) -> Iterator[_Leftover]:
-    """Yield every leftover. Those that are `uncommitted` may be committed by a worker meanwhile.
+    """Yield every leftover. A worker may commit an `uncommitted` one meanwhile.
 
-    listing: the files of the run, for a caller that has listed them. is_named: 1 for each shard whose commit is known
-    to name its one file in `train`, and is not read for it.
+    listing: the files of the run, if the caller has listed them. is_named: 1 for each shard whose commit is known to
+    name its only file in `train`, so that the commit need not be read.
     """
     listing = listing or Listing.of(run)
     yield from _unknown_files(run, listing.commits)
@@ -134,15 +134,15 @@ def find_leftovers(
 
 
 def unfinished_uploads(store: Store) -> list[Upload]:
-    """Return the uploads in parts of a run's own objects that were not completed."""
+    """Return the unfinished multipart uploads of a run's own objects."""
     return [upload for upload in store.unfinished_uploads() if is_of_run(store.key_of(upload))]
 
 
 def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Sequence[_Leftover]) -> int:
-    """Remove leftovers; needs the lease. Returns: the number of those that were removed.
+    """Remove leftovers; needs the lease. Returns: the number of removed ones.
 
-    A worker of a driver that is gone may have committed its shard since it was listed, and then its files stay; or it
-    commits it while they are being removed: such a commit is reverted, so that `run` makes the shard.
+    A worker of a former driver may have committed its shard after the listing: its files then stay. If it commits the
+    shard while files are being removed, the commit is reverted, so that `run` makes the shard again.
     """
     shards = {leftover.shard for leftover in leftovers if leftover.kind == "uncommitted" and leftover.shard is not None}
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -157,13 +157,13 @@ def remove_leftovers(run: RunFolder, output_format: OutputFormat, leftovers: Seq
 
 
 def _committed(run: RunFolder, shards: Collection[int], pool: ThreadPoolExecutor) -> set[int]:
-    """Return those of these shards that have a commit now, whatever an earlier listing says."""
+    """Return the shards that have a commit now, whatever an earlier listing says."""
     keys = [commit_file(run.shard_name(shard)) for shard in shards]
     return {shard for shard, is_there in zip(shards, pool.map(run.store.exists, keys), strict=True) if is_there}
 
 
 def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:
-    """Yield what is not of this program among its own files."""
+    """Yield files in the run's folders that this program does not write."""
     for name, size in run.store.children(RUN).items():
         if f"{RUN}/{name}" not in _OF_RUN:
             yield from _strays(run, f"{RUN}/{name}", size)
@@ -172,17 +172,17 @@ def _unknown_files(run: RunFolder, commits: ShardFiles) -> Iterator[_Leftover]:
 
 
 def _strays(run: RunFolder, key: str, size: int | None) -> Iterator[_Leftover]:
-    """Yield a file, or those of a folder."""
+    """Yield a stray file, or the files of a stray folder."""
     return (_Leftover(each, "stray") for each in (_files_in(run, key) if size is None else [key]))
 
 
 def _files_in(run: RunFolder, folder: str) -> Sequence[str]:
-    """Return the keys under a folder; none behind a link, where files of others may lie."""
+    """Return the keys under a folder; none behind a link, which may lead to files of others."""
     return () if run.store.is_link(folder) else run.store.list(folder)
 
 
 def _staged(run: RunFolder, done: Container[int]) -> Iterator[_Leftover]:
-    """Yield staged images of shards that are done, or that the plan does not have."""
+    """Yield staged images of shards that are done or not in the plan."""
     for name, size in run.store.children(STAGING).items():
         folder, shard = f"{STAGING}/{name}", run.shard_of(name)
         if size is not None:
@@ -192,7 +192,7 @@ def _staged(run: RunFolder, done: Container[int]) -> Iterator[_Leftover]:
 
 
 def _tables(run: RunFolder, tables: ShardFiles, done: Container[int]) -> Iterator[_Leftover]:
-    """Yield the tables of shards that are not done, and what is no table."""
+    """Yield the tables of shards that are not done, and files that are not tables."""
     for shard in tables:
         if shard not in done:
             yield _Leftover(f"{tables.folder}/{tables.name(shard)}", "uncommitted", shard)
@@ -224,7 +224,7 @@ def _data_of_shard(run: RunFolder, done: Container[int], entry: tuple[str, int |
 
 
 def _committed_files(run: RunFolder, shard: int) -> set[str] | None:
-    """Return the files that the commit of a shard names; None if it cannot be read, and none of them may go."""
+    """Return the files that a shard's commit names; None if it cannot be read, so that all must stay."""
     try:
         return {file.path for file in parse_commit(run.store.read(commit_file(run.shard_name(shard)))).files}
     except (NotFound, ValueError):

@@ -1,26 +1,28 @@
-"""The lease of a run, which one driver holds at a time: an object in the output, with an epoch and a heartbeat.
+"""The lease of a run, held by one driver at a time: an object in the output, with an epoch and a heartbeat.
 
-    _run/lease/NNNNN.json    one object an epoch, created by put-if-absent; the highest epoch counts
+    _run/lease/NNNNN.json    one object for each epoch, created by put-if-absent; the highest epoch counts
 
-Of two drivers that see the same latest epoch, one creates the next one and has the run. It overwrites its own object
-every two fifths of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that finds
-the run held takes it over (creates the next epoch) when
+If two drivers see the same latest epoch, only one can create the next one, and has the run. It overwrites its own
+object every two fifths of `ttl_s` with a higher number of heartbeats, and at its end with `is_released`. A driver that
+finds the run held takes it over (creates the next epoch) if
 
-- the holder released it, or
-- the holder was a process of this very machine that has ended, or
-- the number of heartbeats stood still for the holder's `ttl_s` by the watcher's own clock: clocks are never compared.
+- the holder has released it, or
+- the holder was a process of the same machine that has ended, or
+- the number of heartbeats has not changed for the holder's `ttl_s`, by the waiting driver's own clock: clocks of two
+  machines are never compared.
 
-A holder that was paused, or cut off, learns of its successor from the listing: at its next heartbeat, and before every
-write of the driver, which goes through `Lease.store`. As long as its heartbeats are on time it need not look, since
-nobody can have seen them stand still for `ttl_s`: half of that after the last one it looks again, and once more before
-the heartbeat after. Every LOOK_BEATS heartbeats it looks in any case, for pauses that its clock does not show. Nothing
-fences the moment between a look and the write. A write that slips through there is of an object that both drivers write
-alike (job.yaml, README.md, _SUCCESS) or that the next write of the successor mends (progress.json, report.json); the
-plan and the data of workers are put-if-absent.
+A holder that was paused or disconnected learns of its successor by listing the epochs: at its next heartbeat, and
+before every write of the driver, which goes through `Lease.store`. While its heartbeats are on time it need not check,
+since nobody can have seen an unchanged heartbeat for `ttl_s`. Half of `ttl_s` after its last heartbeat it checks again,
+and once more before the next heartbeat. Every LOOK_BEATS heartbeats it checks in any case, for pauses that its clock
+does not show. Nothing protects the moment between a check and the write. A write in that moment is harmless: both
+drivers write the same object (job.yaml, README.md, _SUCCESS), or the successor's next write replaces it
+(progress.json, report.json); the plan and the data of workers are put-if-absent.
 
-On a store without conditional writes two drivers can both have written the same epoch. Each therefore waits SETTLE_S
-and reads it back: a driver that is not in there has lost. If its write took longer than that to land, it is in the
-object after all, and the other finds out at its next heartbeat or write, before which each looks on such a store.
+On a store without conditional writes, two drivers can both write the same epoch. Each therefore waits SETTLE_S and
+reads it back: the driver that the object does not name has lost. If a write takes longer than that, the object names
+its driver after all. The other driver finds out at its next heartbeat or write: on such a store each driver checks
+before all of these.
 """
 
 from __future__ import annotations
@@ -45,34 +47,33 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _TTL_S = 60.0
-# Heartbeats in the time of a lease: one may be lost. With the looks they are less than three requests a minute.
+# The number of heartbeats in `ttl_s`: one may be lost. With the checks they are less than three requests a minute.
 BEATS_PER_LEASE = 2.5
-# The share of a lease in which its holder is sure of it.
+# The share of `ttl_s` after a heartbeat in which the holder is sure to have the lease.
 _SURE = 0.5
-# Heartbeats from one look at the listing to the next, where none is late.
+# The number of heartbeats between two checks of the listing if none is late.
 LOOK_BEATS = 15
-# The interval in which a waiting driver reads the lease: a listing and one small object each time.
+# The interval at which a waiting driver reads the lease: a listing and one small object each time.
 _POLL_S = 1.0
-# The time that an earlier write may take to land, on stores without conditional writes.
+# The time that an earlier write may take to arrive, on stores without conditional writes.
 SETTLE_S = 2.0
-# Listings that may name an object which is gone when it is read.
+# The number of listings to try if the listed object is gone when it is read.
 _MAX_READS = 5
 # Seconds before an empty object is read again.
 _REREAD_S = 0.1
-# The longest time of a release: a store that does not answer gets no more of it. A heartbeat that is on its way
-# then has less.
+# The longest time that a release waits for the store. A heartbeat that is in flight then gets less.
 _RELEASE_S = 1.5
 _LAST_BEAT_S = 1.0
-# Epochs that are kept, for people who wonder what happened.
+# The number of epochs to keep, for people who investigate what happened.
 _EPOCHS_KEPT = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """The contents of an epoch's object. Its times are of the holder's clock, and for people only."""
+    """The contents of an epoch's object. Its times come from the holder's clock and are for people only."""
 
     epoch: int
-    id: str  # unique to each time that the lease is acquired
+    id: str  # unique for each acquisition
     process: ProcessId
     ttl_s: float
     beats: int = 0
@@ -96,7 +97,7 @@ class Holder:
 
 
 def read_holder(store: Store) -> Holder | None:
-    """Return the present or the last holder of a run; None if there was none. Raises: DamagedObject."""
+    """Return the current or last holder of a run; None if there was none. Raises: DamagedObject."""
     for num_left in reversed(range(_MAX_READS)):
         epochs = _epochs(store)
         if not epochs:
@@ -119,17 +120,17 @@ def read_holder(store: Store) -> Holder | None:
 
 
 def uptime_s() -> float:
-    """Return the seconds of a clock that counts while the machine sleeps, too."""
+    """Return the seconds of a clock that also counts while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class Lease:
     """A driver's lease of a run; a context manager that acquires, keeps and releases it.
 
-    `store` is what the driver writes through: it raises LeaseLost before a write once another driver has the run.
-    `ttl_s` is the number of seconds that this driver may be out of touch before another may go on with the run.
-    When another does, that is logged, and `on_lost` is called with the sentence, once, from another thread. `clock`
-    counts seconds from anywhere; `sleep` may raise, which ends the wait for a lease that another driver holds.
+    `store`: the driver writes through it; it raises LeaseLost before a write if another driver has the run. `ttl_s`:
+    the seconds without a heartbeat after which another driver may take the run over. If that happens, it is logged, and
+    `on_lost` is called once with the sentence, from another thread. `clock`: returns seconds, from any start; `sleep`:
+    may raise, which ends the wait for a lease that another driver holds.
     """
 
     def __init__(
@@ -170,9 +171,9 @@ class Lease:
         return self._held
 
     def acquire(self) -> None:
-        """Acquire the run; wait until it is clear whether the present holder is alive, at most its `ttl_s`.
+        """Acquire the run. If it is held, wait at most `ttl_s` to see whether the holder is alive.
 
-        Raises: RunHeld, StoreError, and what `sleep` raises.
+        Raises: RunHeld, StoreError, and the errors of `sleep`.
         """
         try:
             while not self._try_to_acquire():
@@ -203,13 +204,13 @@ class Lease:
     def release(self) -> None:
         """Release the run, so that the next driver need not wait for it. Safe to call twice.
 
-        It takes two seconds at most, and after a stop no more than that has: without it, the next driver waits for
-        `ttl_s`.
+        It takes two seconds at most, since a stopped process may get no more time. Without a release, the next driver
+        waits for `ttl_s`.
         """
         if self._ended.is_set():
             return
         self._released = time.monotonic()
-        self._ended.set()  # which ends a heartbeat that waits for the storage
+        self._ended.set()  # ends a heartbeat that waits for the storage
         with self._writing:
             if self._held is None:
                 return
@@ -226,8 +227,8 @@ class Lease:
     def _note_beat(self, began: float) -> None:
         """Note that a heartbeat, begun at `began`, was written.
 
-        If it was on time, nobody has waited for it for a whole lease. After a late one another driver may be about to
-        create the next epoch, and is looked for until the next one.
+        If it was on time, no other driver has waited for `ttl_s`. After a late heartbeat another driver may be about to
+        create the next epoch, so every write checks for it until the next heartbeat.
         """
         is_on_time = self._clock() - self._beaten < self._ttl_s * _SURE
         self._beaten = began
@@ -235,12 +236,12 @@ class Lease:
             self._sure_until = began + self._ttl_s * _SURE
 
     def _check_kept(self, after_s: float = 0.0) -> None:
-        """Raise Interrupted once the lease was released, at least `after_s` seconds ago."""
+        """Raise Interrupted if the lease was released at least `after_s` seconds ago."""
         if time.monotonic() - self._released >= after_s:
             raise Interrupted("the lease is being released")
 
     def _check_hurry(self) -> None:
-        """Raise Interrupted once the release has taken its time. A StoreError would count as an answer."""
+        """Raise Interrupted if the release has taken too long. A StoreError would count as an answer."""
         if time.monotonic() - self._released >= _RELEASE_S:
             raise Interrupted(f"{self._store.uri}: no answer")
 
@@ -251,9 +252,9 @@ class Lease:
         return self._claim(1 if last is None else last.epoch + 1)
 
     def _may_follow(self, last: Holder) -> bool:
-        """Return whether `last` may be followed; False if the run has changed hands meanwhile.
+        """Return whether this driver may take over from `last`; False if another has done so meanwhile.
 
-        Raises: RunHeld once `last` has written a heartbeat.
+        Raises: RunHeld as soon as `last` has written a heartbeat.
         """
         if last.is_released or last.process.is_gone():
             return True
@@ -267,7 +268,7 @@ class Lease:
         while (left := until - self._clock()) > 0:
             self._sleep(min(_POLL_S, left, last.ttl_s / BEATS_PER_LEASE))
             now = read_holder(self._store)
-            # A killed process may take seconds to end, while it waits for a disk.
+            # A killed process that waits for a disk may take seconds to end.
             if now is None or now.id != last.id or now.is_released or now.process.is_gone():
                 return False
             if now.beats != last.beats:
@@ -276,7 +277,7 @@ class Lease:
         return True
 
     def _claim(self, epoch: int) -> bool:
-        """Create an epoch. Returns: whether it is ours. Raises: RunHeld if another driver was quicker."""
+        """Create an epoch. Returns: whether it is ours. Raises: RunHeld if another driver was faster."""
         now = round(time.time(), 3)
         self._beaten = self._clock()
         self._held = Holder(
@@ -287,7 +288,7 @@ class Lease:
             since_unix_time=now,
             seen_unix_time=now,
         )
-        with suppress(AlreadyExists):  # perhaps by our own write, whose answer was lost: the contents tell
+        with suppress(AlreadyExists):  # it may be our own write, whose answer was lost: the contents show it
             self._store.put_if_absent(_key(epoch), self._held.to_json())
         if not self._store.has_conditional_put:
             self._sleep(SETTLE_S)
@@ -298,7 +299,7 @@ class Lease:
             return True
         self._held = None
         if latest is not None and not latest.is_released and not latest.process.is_gone():
-            raise _held(self._store, latest)  # it came just now, so it is alive
+            raise _held(self._store, latest)  # it has just written this, so it is alive
         return False
 
     def _write(self, holder: Holder) -> None:
@@ -321,14 +322,14 @@ class Lease:
                 if self._on_lost:
                     self._on_lost(str(error))
                 return
-            except Exception as error:  # clients of storage raise anything; without heartbeats the run is taken over
+            except Exception as error:  # of any class: without heartbeats the run would be taken over
                 if self._ended.is_set():
                     return
                 log.warning("the heartbeat of the lease could not be written, the next try follows: %s", error)
 
 
 def pause_s(ttl_s: float, beats: int) -> float:
-    """Return the seconds to the next heartbeat; the first ones follow quickly, so that a rival soon sees it."""
+    """Return the seconds to the next heartbeat; the first ones come quickly, so that a waiting driver soon sees one."""
     return min(ttl_s / BEATS_PER_LEASE, 2.0 ** min(beats, 10))
 
 

@@ -1,7 +1,4 @@
-"""The metadata of a shard: one row for every requested image, failed ones included, in the order of the prompts.
-
-Knows records and Arrow types; does not know in which format the images are stored.
-"""
+"""The metadata of a shard: one row for every requested image, failed ones included, in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -52,16 +49,16 @@ QUALITY_FIELDS = tuple(
     pa.field(name, kind) for name, kind in zip(QUALITY_COLUMNS, (pa.int32(), pa.float64(), pa.bool_()), strict=True)
 )
 _SOURCES = tuple(pa.field(name, pa.string()) for name in SOURCE_COLUMNS)
-# Columns that say nothing of an image that stands beside its record: it was made, and it is where it is.
+# Columns that are useless for an image that is stored beside its record: its status and its place are evident.
 _NOT_OF_SAMPLES = {"status", "error_type", "error_message", "file_name"}
-# Ends of names by which `datasets` takes a column for files to open: packaged_modules/folder_based_builder.py.
+# Name endings for which `datasets` opens a column's values as files: packaged_modules/folder_based_builder.py.
 _NAMES_OF_FILES = ("_file_name", "_file_names")
 
 
 def columns_of_job(passthrough: pa.Schema, config: JobConfig) -> pa.Schema:
-    """Return the columns that follow those of every record: passthrough, and what a job adds.
+    """Return the columns that follow those of every record: passthrough columns, and those that a job adds.
 
-    These are those of `quality`, and the hashes of the source images.
+    A job adds the columns of `quality` and the hashes of the source images.
     """
     return pa.schema(
         [*passthrough, *(QUALITY_FIELDS if config.quality else ()), *(_SOURCES if config.output.sources else ())]
@@ -69,7 +66,7 @@ def columns_of_job(passthrough: pa.Schema, config: JobConfig) -> pa.Schema:
 
 
 def pack_metadata(records: Iterable[ImageRecord], passthrough: pa.Schema) -> bytes:
-    """Return records as the bytes of a Parquet file, in the order given."""
+    """Return records as the bytes of a Parquet file, in the given order."""
     schema = pa.schema([*RECORD_SCHEMA, *_renamed(passthrough)])
     return parquet_bytes(pa.Table.from_pylist([record_row(record, passthrough) for record in records], schema))
 
@@ -82,7 +79,7 @@ def pack_failures(metadata: bytes) -> bytes | None:
 
 
 def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
-    """Read the rows that `pack_metadata` wrote; a time that Python's own types cannot hold is its text."""
+    """Read the rows that `pack_metadata` wrote; a time outside the range of Python's types becomes text."""
     table = parquet_table(data)
     try:
         return table.to_pylist()  # type: ignore[no-any-return]
@@ -91,7 +88,7 @@ def unpack_metadata(data: bytes) -> list[dict[str, Any]]:
 
 
 def unpack_records(data: bytes) -> list[dict[str, Any]]:
-    """Read the rows that `pack_metadata` wrote, to write them again; times beyond Python's are Arrow scalars."""
+    """Read the rows that `pack_metadata` wrote, to write them again; times outside Python's range are Arrow scalars."""
     return _rows(parquet_table(data), values_of)
 
 
@@ -108,8 +105,8 @@ def _values_or_texts(column: pa.ChunkedArray) -> list[Any]:
 
 
 def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
-    """Return a record as one row of a table, in the order of the columns."""
-    # Without asdict, which copies every value: Arrow's times of the year 10000 cannot be.
+    """Return a record as a row of a table, in the order of the columns."""
+    # asdict would copy every value, and Arrow's times of the year 10000 cannot be copied.
     values = {each.name: getattr(record, each.name) for each in fields(record)}
     values |= asdict(record.sampling) if record.sampling else dict.fromkeys(SAMPLING_FIELDS)
     extra = passthrough_of(record.passthrough, passthrough)
@@ -118,9 +115,9 @@ def record_row(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
 
 
 def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]:
-    """Return the fields of a made image for JSON: one fixed set of keys and no nulls.
+    """Return the fields of an image for JSON: a fixed set of keys and no nulls.
 
-    Loaders infer types from a few samples: a null becomes the empty value of its type. The metadata keeps it null.
+    Loaders infer types from a few samples, so a null becomes the empty value of its type. The metadata keeps the null.
     """
     row = record_row(record, passthrough)
     for field in [*RECORD_SCHEMA, *_renamed(passthrough)]:
@@ -129,15 +126,15 @@ def sample_fields(record: ImageRecord, passthrough: pa.Schema) -> dict[str, Any]
 
 
 def sample_columns(passthrough: pa.Schema) -> list[pa.Field]:
-    """Return the columns of a made image that is stored beside its record."""
+    """Return the columns of an image that is stored beside its record."""
     return [field for field in RECORD_SCHEMA if field.name not in _NOT_OF_SAMPLES] + _renamed(passthrough)
 
 
 def passthrough_name(name: str) -> str:
-    """Return the name of a passthrough column in the metadata: its own, with one `_` more if the name is taken.
+    """Return the name of a passthrough column in the metadata: with `_` appended if the name is reserved.
 
-    It is taken by a column of ours, and by Hugging Face data sets, which read `..._file_name` as more images. So that
-    `key_` cannot meet what becomes of `key`, it gets one more too.
+    Reserved are our columns, and `..._file_name`, which Hugging Face data sets read as further images. `key_` gets a
+    `_` too, so that it does not collide with a renamed `key`.
     """
     plain = name.rstrip("_")
     is_taken = plain in {*RECORD_SCHEMA.names, "image"} or f"_{plain}".endswith(_NAMES_OF_FILES)
@@ -145,23 +142,23 @@ def passthrough_name(name: str) -> str:
 
 
 def source_fields(sources: Iterable[bytes]) -> dict[str, str]:
-    """Return the column of the source images of an image; none if there are none."""
+    """Return the column with the hashes of an image's source images; {} without any."""
     digests = [hashlib.sha256(source).hexdigest() for source in sources]
     return dict.fromkeys(SOURCE_COLUMNS, ", ".join(digests)) if digests else {}
 
 
 def source_digests(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the recorded hashes of the source images of an image by their names; none if a run writes none."""
+    """Return the recorded hashes of an image's source images by name; {} if the run writes none."""
     digests = row.get(SOURCE_COLUMNS[0])
     several = digests.split(", ") if isinstance(digests, str) and digests else []
     return {source_name(number): digest for number, digest in enumerate(several)}
 
 
 def parquet_table(data: bytes) -> pa.Table:
-    """Return the table that a Parquet file of these bytes holds.
+    """Return the table of a Parquet file with these bytes.
 
-    A file object of Python would be read by threads of Arrow, and a process that ends while one of them waits for the
-    interpreter aborts. pyarrow.parquet.read_table imports a third of a second's worth of modules.
+    Threads of Arrow would read a Python file object, and a process that exits while one of them waits for the
+    interpreter aborts. pyarrow.parquet.read_table imports modules for a third of a second.
     """
     with pq.ParquetFile(pa.BufferReader(data)) as file:
         return file.read(use_threads=False)

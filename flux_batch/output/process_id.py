@@ -1,4 +1,4 @@
-"""The identity of a process, by which others learn that it has certainly ended."""
+"""The identity of a process, with which others can check that it has ended."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# States in /proc/PID/stat of a process that has ended, and waits for its parent to notice.
+# States in /proc/PID/stat of a process that has ended, but was not reaped by its parent yet.
 _ENDED_STATES = {"Z", "X", "x"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessId:
-    """A process, unique for ever: as its number is used again, the starts of process and machine belong to it.
+    """A unique identity of a process. Process ids are reused, so it includes the starts of process and machine.
 
-    `boot`, `namespace` and `started` are empty where there is no /proc to read them from.
+    `boot`, `namespace` and `started` are empty on systems without /proc.
     """
 
     host: str
     boot: str
-    namespace: str  # of process ids: containers of one machine may share all else
+    namespace: str  # of process ids: containers of one machine may share everything else
     pid: int
     started: str
 
@@ -40,20 +40,20 @@ class ProcessId:
         return f"{self.host}:{self.pid}"
 
     def is_gone(self) -> bool:
-        """Return whether the process has certainly ended; False if it cannot be seen from here."""
+        """Return whether the process has certainly ended; False if that cannot be seen from here."""
         here = ProcessId.own()
         if not (self.boot and self.namespace and self.started):
             return False
         if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
             return False
         started = _start_of(self.pid)
-        # A process of another user may be hidden in /proc, but its number is not free.
+        # A process of another user may be hidden in /proc, but its id is still taken.
         return started != self.started if started else not _is_taken(self.pid)
 
 
 def _start_of(pid: int) -> str:
-    """Return the start of a process in clock ticks since the boot (proc_pid_stat(5), field 22); empty if it ended."""
-    # The second field is the name of the program, which may hold blanks and brackets.
+    """Return the start of a process in clock ticks since the boot (proc_pid_stat(5), field 22); "" if it has ended."""
+    # The second field is the name of the program, which may contain spaces and parentheses.
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in _ENDED_STATES else ""
 

@@ -1,17 +1,17 @@
-"""Reverting a commit, so that `run` makes its shard again: whole, or finished by the next driver.
+"""Reverting of commits, so that `run` makes their shards again. If it is killed, the next driver finishes it.
 
-    1. staging      the good images of the shard, so that they need not be made again
-    2. _SUCCESS     and the report are removed: the run is not complete any more
+    1. staging      the good images of the shard are staged, so that they need not be made again
+    2. _SUCCESS     and the report are removed: the run is no longer complete
     3. note         _run/taken-back/NNNNN says that the commit is being reverted
-    4. commit       is removed, the log of commits before it: from here on no reader follows the files of the shard
-    5. files        metadata, failed rows and data are removed; 4 and 5 once more if a commit is there again
+    4. commit       the log of commits is removed, then the commit: from here on no reader follows the shard's files
+    5. files        metadata, failed rows and data are removed; 4 and 5 are repeated if there is a commit again
     6. note         is removed
     7. log          of commits is written again, without those of the reverted shards
 
-Killed in 1 to 3, the shard is done as before, and its note says that it will be made again. Killed in 4 to 6, the next
-driver finishes it before anything is made: files that were left would be taken for those of a worker that came first.
-A worker of a driver that has lost the run may be at the shard, and commit it between 4 and 6: its commit would name
-files that 5 removes. Needs the lease.
+After a kill in 1 to 3, the shard is still done; if the note exists, it will be made again. After a kill in 4 to 6, the
+next driver finishes the revert before it makes anything: the remaining files would be taken for those of a worker that
+came first. A worker whose driver has lost the run may commit the shard between 4 and 6; its commit would name files
+that 5 removes, so 4 and 5 are repeated. Reverting needs the lease.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from flux_batch.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
-# Shards that are reverted at once, and images of each in memory.
+# The number of shards to revert at once, and of images of each in memory.
 _SHARDS_AT_ONCE = 4
 _IMAGES_AT_ONCE = 8
 
@@ -56,8 +56,8 @@ _IMAGES_AT_ONCE = 8
 def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int], *, is_repair: bool = False) -> None:
     """Revert the commits of some shards, and keep their good images in the staging area. Safe to call twice.
 
-    A shard whose commit is damaged, or missing, is reverted too. is_repair: the other images were good once, and are
-    to be made in the batches of then, so that they get the same bytes.
+    A shard whose commit is damaged or missing is reverted too. is_repair: the other images were good once; they are to
+    be made in the same batches as before, so that they get the same bytes.
     """
     if not shards:
         return
@@ -72,7 +72,7 @@ def revert(run: RunFolder, output_format: OutputFormat, shards: Sequence[int], *
 
 
 def finish_reverts(run: RunFolder, output_format: OutputFormat) -> None:
-    """Finish the reverts that a killed process began."""
+    """Finish the reverts that a killed process started."""
     for name in run.store.children(REVERTING):
         if (shard := number_in(name)) is not None:
             remove_shard(run, output_format, shard)
@@ -104,7 +104,7 @@ def _remove_files(run: RunFolder, output_format: OutputFormat, name: str) -> Non
 
 
 def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int, *, is_repair: bool) -> None:
-    """Stage the good images of a shard; one without a commit was reverted before, and they are staged already."""
+    """Stage the good images of a shard. If it has no commit, an earlier revert has staged them already."""
     name = run.shard_name(shard)
     if not run.store.exists(commit_file(name)):
         return
@@ -117,7 +117,7 @@ def _stage_good_images(run: RunFolder, output_format: OutputFormat, shard: int, 
 
 
 def _good_images(run: RunFolder, output_format: OutputFormat, name: str, scratch: Path) -> Iterator[StagedImage]:
-    """Yield the images with the recorded bytes, up to the first unreadable byte."""
+    """Yield the images whose bytes are the recorded ones, up to the first unreadable byte."""
     made = _made_rows(run, name)
     files: dict[str, Path] = {}
     for file in sorted({file for key in made for file in output_format.image_files(name, key)}):
@@ -142,7 +142,7 @@ def _is_recorded(sample: StoredSample, row: Mapping[str, Any], sources: Sequence
 
 
 def _made_rows(run: RunFolder, name: str) -> Mapping[str, Mapping[str, Any]]:
-    """Return the metadata rows of the images of a shard by key; none if they cannot be read."""
+    """Return the metadata rows of a shard's images by key; {} if they cannot be read."""
     try:
         data = run.store.read(metadata_file(name))
     except NotFound:

@@ -3,8 +3,8 @@
     _run/staging/NNNNN/ID.parquet            the images of one batch, failed ones included
     _run/staging/NNNNN/try-LABEL-ID.json     the mark that a batch or image was started; a lost worker leaves it behind
 
-Knows bytes, keys and names; does not know how images are made, nor when a shard is done. Each writer has names of its
-own, so nobody overwrites another's. Staging saves time and proves nothing: all of it may be removed at any time.
+Each writer has names of its own, so no writer overwrites another's objects. Staging only saves time: everything in it
+may be removed at any time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOURCES = pa.field("sources", pa.list_(pa.binary()))
 _MARK = "try-"
 _REPAIR = "repair-"
 _RETRY = "retry-"
-# The fields of a record, without those that the bytes tell (`data` is empty for a failed image) and where they lie.
+# The fields of a record, without the file name and those that follow from the bytes (empty for a failed image).
 _RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status", "file_name", "sha256", "bytes"}]
 
 
@@ -42,7 +42,7 @@ _RECORD_FIELDS = [name for name in RECORD_SCHEMA.names if name not in {"status",
 class StagedImage:
     """One requested image: its encoded bytes, empty if it failed, and the fields of its record.
 
-    sources: the encoded bytes of its source images, where a job writes them.
+    sources: the encoded bytes of its source images, if the job writes them.
     """
 
     key: str
@@ -53,7 +53,7 @@ class StagedImage:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """The staging folder of a shard: names of objects, and the number of marks left behind by label."""
+    """The staging folder of a shard: names of objects, and by label the number of marks that were left behind."""
 
     objects: frozenset[str] = frozenset()
     tries: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ def staged_record(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_judged(row: Mapping[str, Any]) -> bool:
-    """Return whether a row of the metadata may be that of a run with `quality`: it has its columns."""
+    """Return whether a row of the metadata has the columns of a run with `quality`."""
     return all(name in row for name in QUALITY_COLUMNS) and isinstance(row["score"], float | None)
 
 
@@ -79,7 +79,7 @@ class Staging:
     def put(self, shard: int, images: Sequence[StagedImage], *, is_repair: bool = False, retry: int = 0) -> str:
         """Store the images of a batch as one object. Returns: its name in the folder of the shard.
 
-        is_repair: the images are what is good of a damaged shard, see `is_repair`. retry: see `retry_of`.
+        is_repair: these are the good images of a damaged shard, see `is_repair`. retry: see `retry_of`.
         """
         prefix = _REPAIR if is_repair else f"{_RETRY}{retry}-" if retry else ""
         name = f"{prefix}{uuid.uuid4().hex}.parquet"
@@ -87,15 +87,15 @@ class Staging:
         return name
 
     def list(self, shard: int) -> _Staged:
-        """Return what is staged of a shard, by one request."""
+        """List the staged objects and marks of a shard by one request."""
         names = [key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard))]
         tries = Counter(label for name in names if (label := _label_of_mark(name)))
         return _Staged(frozenset(name for name in names if name.endswith(".parquet")), tries)
 
     def read(self, shard: int, name: str) -> Sequence[StagedImage]:
-        """Read an object; one that is gone, or damaged at any byte, holds no image.
+        """Read the images of an object; none if it is gone or damaged at any byte.
 
-        All or nothing, so that the missing images are made in the same batch as without the damage.
+        It is all or nothing, so that the missing images are made in the same batch as without the damage.
         """
         try:
             return _unpack(self.run.store.read(f"{self._folder(shard)}/{name}"))
@@ -109,11 +109,11 @@ class Staging:
         return key
 
     def unmark(self, mark: str) -> None:
-        """Remove a mark, once the worker has survived the batch or image. Safe to call twice."""
+        """Remove a mark after the worker has survived the batch or image. Safe to call twice."""
         self.run.store.delete(mark)
 
     def forget_losses(self, shard: int, labels: Collection[str]) -> None:
-        """Remove the marks that lost workers left behind of these batches or images. Safe to call twice."""
+        """Remove the marks of these batches or images that lost workers left behind. Safe to call twice."""
         names = (key.rpartition("/")[2] for key in self.run.store.list(self._folder(shard)))
         self.discard(shard, [name for name in names if _label_of_mark(name) in labels])
 
@@ -126,11 +126,11 @@ class Staging:
         self.run.store.delete_many([f"{self._folder(shard)}/{name}" for name in sorted(names)])
 
     def clear(self) -> None:
-        """Remove everything that is staged, once a run is complete: a kill before `remove` leaves some."""
+        """Remove everything that is staged when a run is complete: a kill before `remove` leaves some."""
         self.run.store.delete_folder(self.folder)
 
     def shards(self) -> set[int]:
-        """Return the shards of which something is staged, by one listing of everything staged."""
+        """Return the shards with staged objects, by listing the whole staging area once."""
         parts = (key.removeprefix(f"{self.folder}/").split("/") for key in self.run.store.list(self.folder))
         folders = {part[0] for part in parts if len(part) == 2}
         return {shard for folder in folders if (shard := number_in(folder)) is not None}
@@ -140,20 +140,20 @@ class Staging:
 
 
 def _label_of_mark(name: str) -> str | None:
-    """Return the batch or image that a mark is of; None for another object."""
+    """Return the batch or image of a mark; None for another object."""
     return name.removeprefix(_MARK).rpartition("-")[0] if name.startswith(_MARK) else None
 
 
 def is_repair(name: str) -> bool:
-    """Return whether a staged object holds what is good of a damaged shard.
+    """Return whether a staged object holds the good images of a damaged shard.
 
-    The images that are missing beside it were made once, with those as neighbours in their batches.
+    The missing images of the shard were once made in batches together with these.
     """
     return name.startswith(_REPAIR)
 
 
 def retry_of(name: str) -> int:
-    """Return which further tries of images a staged object holds; 0 for their first."""
+    """Return the number of the retry whose images a staged object holds; 0 for the first try."""
     return int(name.removeprefix(_RETRY).partition("-")[0]) if name.startswith(_RETRY) else 0
 
 
@@ -168,7 +168,7 @@ def _pack(images: Sequence[StagedImage]) -> bytes:
     ]
     schema = _SCHEMA.append(_SOURCES) if any(one.sources for one in images) else _SCHEMA
     buffer = io.BytesIO()
-    # Images are compressed already.
+    # The images are already compressed.
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="none")
     return buffer.getvalue()
 

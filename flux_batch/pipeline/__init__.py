@@ -1,1 +1,1 @@
-"""Prompts -> images: FluxImagePipeline, ModelManager; the one translator of words into what model/ computes."""
+"""From prompts to images: FluxImagePipeline and ModelManager, which translate public arguments for model/."""

@@ -1,6 +1,6 @@
-"""A pipeline of somebody else's, as a worker wants it: what it leaves out is filled in, what it returns is checked.
+"""A wrapper that adapts a third-party pipeline to a worker.
 
-Its interface is `OwnPipeline` in worker/protocol.py. Knows no model.
+It fills in the optional parts of the interface `OwnPipeline` of worker/protocol.py, and checks results.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flux_batch.model.optimize.dtypes import dtype_name, native_dtype
 from flux_batch.pipeline.errors import device_errors
 from flux_batch.records import Kernels
 
-# What every pipeline is given beside its settings.
+# Arguments that every pipeline gets in addition to its declared settings.
 _ALWAYS = ("width", "height")
 
 
 def open_pipeline(model: ModelConfig, device: str) -> CheckedPipeline:
     """Import and open the pipeline that a job names.
 
-    Raises: JobError if that is not possible; those errors of this package that it raises itself.
+    Raises: JobError if that is not possible. Errors of this package that the pipeline raises pass through.
     """
     name = str(model.pipeline)
     factory = imported(name, os.getcwd(), "a pipeline")
@@ -41,19 +41,19 @@ def open_pipeline(model: ModelConfig, device: str) -> CheckedPipeline:
             pipeline = factory(model, device=device, **options)
     except FluxBatchError:
         raise
-    except Exception as error:  # whatever somebody's code raises
+    except Exception as error:  # third-party code raises anything
         raise JobError(f"{name}: cannot be opened: {type(error).__name__}: {one_line(error)}") from error
     return CheckedPipeline(pipeline, model, device)
 
 
 class CheckedPipeline:
-    """An ImagePipeline around one of somebody else's, given the settings that it declares."""
+    """An ImagePipeline around a third-party pipeline, which gets only the settings that it declares."""
 
     compile_cache = None
     offloads_text_encoders = False
 
     def __init__(self, pipeline: Any, model: ModelConfig, device: str) -> None:
-        """Read what the pipeline declares. Raises: JobError if it declares no settings, or others than there are."""
+        """Read what the pipeline declares. Raises: JobError if it declares no settings, or unknown ones."""
         self._pipeline = pipeline
         self._name = str(model.pipeline)
         self._device = torch.device(device)
@@ -91,9 +91,10 @@ class CheckedPipeline:
     def __call__(
         self, prompt: Sequence[str] | None, *, seed: Sequence[int], output_type: str, tiled: bool = False, **given: Any
     ) -> Sequence[Pixels | Exception]:
-        """Make one image for each prompt. Raises: OutOfMemory; DeviceFatal; RowError for a wrong result; its own.
+        """Make an image for each prompt.
 
         tiled: only for a pipeline that declares it.
+        Raises: OutOfMemory; DeviceFatal; RowError for a wrong result; the errors of the pipeline.
         """
         prompt = list(prompt or ())
         known = {name: value for name, value in given.items() if name in self.settings or name in _ALWAYS}
@@ -104,22 +105,22 @@ class CheckedPipeline:
         return self._checked(made, len(prompt), (given["height"], given["width"], 3))
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Pass the LoRAs on, if the pipeline declares `loras`."""
+        """Pass the LoRAs to the pipeline if it declares `loras`."""
         self._pipeline.set_loras(loras)
 
     def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
-        """Raise JobError: texts are encoded by the pipeline itself."""
+        """Raise JobError: the pipeline encodes texts itself."""
         raise JobError(f"{self._name}: encodes texts itself")
 
     def truncations(
         self, prompts: Sequence[str], t5_sequence_length: int | None = None
     ) -> list[tuple[bool | None, bool | None]]:
-        """Return what the pipeline says of its tokenizers; None for each if it says nothing."""
+        """Return the pipeline's own truncations; None for each encoder if it reports none."""
         own = getattr(self._pipeline, "truncations", None)
         return list(own(prompts, t5_sequence_length)) if own else [(None, None)] * len(prompts)
 
     def _checked(self, made: Any, count: int, shape: tuple[int, int, int]) -> list[Pixels | Exception]:
-        """Return results that are an image of the right shape, or an exception, each. Raises: RowError."""
+        """Return the results, each an image of the right shape or an exception. Raises: RowError for anything else."""
         if not isinstance(made, Iterable):
             raise RowError(f"the pipeline {self._name} returned a {type(made).__name__}: must be a list of images")
         images: list[Pixels | Exception] = [

@@ -1,4 +1,4 @@
-"""The speed-ups of a model: kernels of its device, compiled blocks, CUDA graphs; knows no prompt or image."""
+"""The speed-ups of a model: kernels of its device, compiled blocks, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class _SpeedUps(NamedTuple):
-    """The speed-ups of a model that its pipeline must know; None for what it does without."""
+    """The speed-ups of a model that its pipeline must know; None for those that are off."""
 
     attention: AttentionKernels
     compile_cache: CompileCache | None
@@ -42,10 +42,10 @@ def apply_speed_ups(
     cuda_graphs: bool = False,
     controlnets: Sequence[Flux] = (),
 ) -> _SpeedUps:
-    """Make a model use the kernels of its device, and what its caller asks for.
+    """Make a model use the kernels of its device and the requested speed-ups.
 
-    Raises: InvalidSetting if `compile` is True and torch.compile does not work here, or there is no CUDA device for
-    graphs.
+    Raises: InvalidSetting if `compile` is True and torch.compile does not work here, or if `cuda_graphs` is True
+    without a CUDA device.
     """
     device = transformer.img_in.weight.device
     for model in {id(each): each for each in (transformer, *controlnets)}.values():
@@ -67,10 +67,10 @@ def _compile_model(
     compile: bool | None,
     controlnets: Sequence[Flux] = (),
 ) -> CompileCache | None:
-    """Compile a model if that is wanted; None: on a GPU. Returns: the cache of what is compiled, if `compile` is True.
+    """Compile a model if `compile` is True, or None on a GPU. Returns: the cache of compiled code if it is True.
 
-    Reading such a cache may run code that is in it: nobody shares it without asking. Raises: InvalidSetting if
-    `compile` is True and torch.compile does not work here.
+    Reading such a cache can run code in it, so only an explicit True shares it. Raises: InvalidSetting if `compile` is
+    True and torch.compile does not work here.
     """
     device = transformer.img_in.weight.device
     if not (device.type == "cuda" if compile is None else compile):
@@ -89,7 +89,7 @@ def _compile_model(
 
 
 def kernels_of(transformer: Flux, attention: AttentionKernels) -> Kernels:
-    """Return the kernels that compute a model's images."""
+    """Return the device, attention and libraries that compute a model's images."""
     device = transformer.img_in.weight.device
     cuda, cudnn = cuda_versions() if device.type == "cuda" else (None, None)
     return Kernels(

@@ -1,6 +1,6 @@
-"""The texts and conditions of a call to latents: what the model reads at each step, and the steps themselves.
+"""From the texts and conditions of a call to latents: the inputs of the model at each step, and the denoising loop.
 
-A further kind of condition is one line here: what it adds to the texts, to the tokens or to the model's blocks.
+A new kind of condition takes one line here, which adds it to the texts, to the tokens or to the model's blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def denoised(
     downscale = pipe.autoencoder.params.downscale
     height, width = p.height // downscale, p.width // downscale
     length = request.t5_length(pipe.default_t5_sequence_length)
-    num_tokens = height // 2 * (width // 2)  # without those of reference images, whose noise is none
+    num_tokens = height // 2 * (width // 2)  # reference images are not noised and do not count
     sigmas = make_sigmas(p.num_inference_steps, num_tokens, pipe.schedule, p.sigma_shift, p.denoising_strength)
     guidance = on_device(torch.tensor(request.values("embedded_guidance"), **HOST).to(pipe.torch_dtype), pipe.device)
     timesteps = timesteps_of(sigmas, guidance)
@@ -63,11 +63,11 @@ def denoised(
             steps = pipe.graphs(model)
         return conditions.around(steps)
 
-    # First the texts: while a GPU encodes them, the host draws the noise.
+    # Encode the texts first: while a GPU encodes them, the host draws the noise.
     embeds = pipe.image_prompts.beside(embedded(request.prompts), request.images)
     start = pipe.latents.start(request, pipe.variant, sigmas[0])
     conditions = pipe.latents.conditions(request, pipe.variant)
-    # The pass with the negative prompts has the residuals of the other, as in diffusers.
+    # The pass with the negative prompts uses the residuals of the positive pass, as in diffusers.
     tables = partial(pipe.position_tables, height=height, width=width)
     uses = pipe.controlnets.uses(request, pipe.latents)
     nets = Controls(uses, pipe.transformer, embeds, tables, timesteps, guidance) if uses else None

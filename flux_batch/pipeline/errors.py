@@ -1,4 +1,4 @@
-"""The translation of errors of the model and its device into ours."""
+"""The translation of errors of the model and its device into errors of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 from flux_batch.errors import CheckpointError, DeviceFatal, FluxBatchError, OutOfMemory
 
-# Parts of messages of torch, for errors that have no class of their own.
+# Parts of torch's messages, for errors without a class of their own.
 _OUT_OF_MEMORY_SIGNS = (
     "out of memory",
     "can't allocate memory",
@@ -15,7 +15,7 @@ _OUT_OF_MEMORY_SIGNS = (
     "STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
     "DEVICE_ALLOCATION_FAILED",  # of cuDNN 9
 )
-# An error of a kernel comes with the next call of the device, which for compiled code is Triton's or torch's launcher.
+# A kernel's error is reported by the next call of the device, in compiled code by the launcher of Triton or torch.
 _DEVICE_FATAL_SIGNS = (
     "CUDA error",
     "CUDA driver error",
@@ -29,7 +29,7 @@ _DEVICE_FATAL_SIGNS = (
 
 @contextmanager
 def checkpoint_errors() -> Iterator[None]:
-    """Raise CheckpointError in place of the errors of reading weights."""
+    """Run the block and raise CheckpointError in place of errors of reading weights."""
     try:
         yield
     except FluxBatchError:
@@ -40,7 +40,10 @@ def checkpoint_errors() -> Iterator[None]:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Raise OutOfMemory (this batch) or DeviceFatal (this process) in place of a device's errors."""
+    """Run the block and translate device errors into OutOfMemory or DeviceFatal.
+
+    OutOfMemory affects only the batch, DeviceFatal the whole process.
+    """
     import torch
 
     try:
@@ -50,8 +53,8 @@ def device_errors() -> Iterator[None]:
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         message = str(error)
         if any(sign in message for sign in _OUT_OF_MEMORY_SIGNS):
-            # A driver or library asked: torch gives back what it keeps free for its own tensors only.
-            with suppress(RuntimeError):  # of a device that has failed, which the next call will tell
+            # A driver or library needs memory: torch frees its cached blocks by itself only for its own tensors.
+            with suppress(RuntimeError):  # a device that has failed is reported by its next call
                 torch.cuda.empty_cache()
             raise OutOfMemory(message) from error
         has_failed = isinstance(error, (torch.AcceleratorError, torch.cuda.DeferredCudaCallError))

@@ -1,6 +1,6 @@
-"""The way from a job's `model` section to a pipeline, in its process; before it, a look at its weights.
+"""Loading of a job's `model` section as a pipeline, and a check of its weights.
 
-Imports no torch before a pipeline is loaded, so that the driver of a run can look, too.
+torch is imported only when a pipeline is loaded, so that the driver of a run can check without torch.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from flux_batch.pipeline.checked import CheckedPipeline
     from flux_batch.pipeline.pipeline import FluxImagePipeline
 
-# Names and values of mallopt(3), glibc's malloc.h; 32 MB is the most it takes for a block. A thread's heap is 64 MB:
-# blocks that do not fit there are still given back.
+# Names and values of mallopt(3), glibc's malloc.h; 32 MB is the largest block threshold that it accepts. A thread's
+# heap has 64 MB: blocks that do not fit into it are still returned to the system.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_KEPT_BLOCK = 32 << 20
 _LARGEST_KEPT_HEAP = 2**31 - 1
-# The demo model has 0.02 GB, FLUX.1 in its narrowest encodings 7 GB with its text encoders.
+# The demo model has 0.02 GB; FLUX.1 in its narrowest encodings has 7 GB with its text encoders.
 MAX_BYTES_ON_CPU = 2 * 10**9
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImagePipeline | CheckedPipeline:
     """Load FLUX, or the pipeline that the section names, onto this process's GPU, if any.
 
-    num_gpus: the GPUs that this process should have; with 0 it computes on the CPU, and where it should have some and
-    has none it says so, or refuses a model too large for a CPU. None leaves it open.
-    Raises: JobError; DeviceFatal for a GPU that was assigned and does not work; the errors of
+    num_gpus: the GPUs that this process should have; 0 computes on the CPU. If it should have a GPU but has none, a
+    warning says so, or a model that is too large for a CPU is refused. None accepts either device.
+    Raises: JobError; DeviceFatal for an assigned GPU that does not work; the errors of
     FluxImagePipeline.from_pretrained.
     """
     from flux_batch.pipeline.checked import open_pipeline
@@ -114,7 +114,7 @@ def _go_on_without_gpu(model: ModelConfig) -> None:
 
 
 def _refresh_beside(model: ModelConfig, pipeline: FluxImagePipeline) -> None:
-    """Fetch what is loaded beside a model again, if a job asks for it."""
+    """Fetch the files beside a model again, if the job asks for a refresh."""
     if not model.refresh:
         return
     for lora in model.loras:
@@ -128,8 +128,8 @@ def _refresh_beside(model: ModelConfig, pipeline: FluxImagePipeline) -> None:
 def prepare_process(pipeline: FluxImagePipeline) -> None:
     """Set this process up for a loaded pipeline.
 
-    Prompts that are cut are not warned of, since each image's record says it. On a CPU, the memory that one step has
-    freed is kept for the next.
+    There are no warnings of truncated prompts, since each image's record shows them. On a CPU, the memory that one step
+    frees is kept for the next.
     """
     warnings.filterwarnings("ignore", "a prompt is longer than", UserWarning)
     if pipeline.device.type == "cpu":
@@ -139,9 +139,9 @@ def prepare_process(pipeline: FluxImagePipeline) -> None:
 def keep_freed_memory() -> bool:
     """Keep freed blocks of up to 32 MB in this process, 2 GB in all. Returns: False without glibc.
 
-    By default glibc gives the larger blocks back to the system, which clears every page before it hands it out again:
-    for each step the same ones, a tenth of the time of an image. Call it once the model is loaded, so that the memory
-    that loading needed for a while is not kept.
+    By default glibc returns larger blocks to the system, which clears every page before it is used again. Every step
+    would allocate the same blocks anew, which takes a tenth of the time of an image. Call this after the model is
+    loaded, so that temporary memory of loading is not kept.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -151,10 +151,10 @@ def keep_freed_memory() -> bool:
 
 
 def check_weights(model: ModelConfig, no_gpu: str = "") -> None:
-    """Check that the model of a job and what it names beside it are there; nothing is fetched.
+    """Check that the model of a job and the files it loads beside it exist; fetch nothing.
 
-    no_gpu: the reason why the model would run on a CPU that was not asked for; a large one is then refused. A remote
-    that cannot be asked now counts as having the model, unless it is a hub that does not answer at all.
+    no_gpu: the reason why the model would run on a CPU although the job asks for GPUs; a large model is then refused. A
+    remote that cannot be asked now is assumed to have the model, unless it is a hub that does not answer at all.
     Raises: CheckpointError, NotFound or StoreRefused for what is missing or incomplete; JobError; StoreError.
     """
     size = 0 if model.pipeline else _size_of(model)

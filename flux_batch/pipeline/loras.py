@@ -1,6 +1,6 @@
-"""The LoRAs of a loaded model, by address, fused into its weights and unfused.
+"""The LoRAs of a loaded model, by address: fetched, fused into its weights and unfused.
 
-Knows the sources of LoRA files, and raises our errors in place of the model's; fusing itself is in model/lora/.
+Fusing itself is in model/lora/. Its errors are translated into those of this package.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from flux_batch.sampling_params import check_number
 
 
 class LoadedLoras:
-    """The LoRAs that are fused into the parts of a model (transformer, clip, t5) now.
+    """The LoRAs that are currently fused into the parts of a model (transformer, clip, t5).
 
-    An address is a path, or any other that `local_model` takes: a file in a bucket or on a hub is fetched once a
-    machine.
+    An address is a path or any other address that `local_model` takes. A file in a bucket or on a hub is fetched once
+    for each machine.
     """
 
     def __init__(
@@ -46,19 +46,20 @@ class LoadedLoras:
         return tuple((lora.name, lora.version, scale) for lora, scale in self._fusion.fused)
 
     def with_columns(self, num_columns: int) -> list[str]:
-        """Return the addresses of the fused LoRAs that change so many columns of `img_in`."""
+        """Return the addresses of the fused LoRAs that change `num_columns` columns of `img_in`."""
         return [lora.name for lora, _ in self._fusion.fused if lora.num_columns == num_columns]
 
     def add_part(self, part: str, module: nn.Module) -> None:
-        """Add a loaded part, or replace one; the LoRAs are fused into it, too."""
+        """Add or replace a loaded part, and fuse the current LoRAs into it."""
         with checkpoint_errors(), device_errors():
             self._fusion.add_part(part, module)
 
     def set(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
-        """Fuse these LoRAs, address and scale in any order, and unfuse all others.
+        """Fuse these LoRAs (address, scale), in any order, and unfuse all others.
 
-        All are opened before a weight changes. Raises: CheckpointError for a LoRA that is missing, damaged, for another
-        model or not supported; InvalidSetting for a scale that is no number; StoreError for a remote that fails.
+        All files are opened before a weight changes. Raises: CheckpointError for a LoRA that is missing, damaged, for
+        another model or not supported; InvalidSetting for a scale that is not a number; StoreError for a remote that
+        fails.
         """
         self._fuse([self._open(uri, scale) for uri, scale in _as_pairs(loras)])
 
@@ -75,9 +76,9 @@ class LoadedLoras:
             return open_lora(path, str(uri), self._fusion.shapes()), scale
 
     def fetch(self, uri: str, *, refresh: bool = False) -> Path:
-        """Return the file on this machine; with PEFT's weights comes the folder that has their settings.
+        """Return the local file, fetched if it is remote; for PEFT's weights the folder with their settings, too.
 
-        refresh: ask a remote first whether it has changed.
+        refresh: check first whether a remote file has changed.
         """
         folder, _, name = uri.rpartition("/")
         if name == PEFT_WEIGHTS and "://" in uri and not uri.startswith(("http://", "https://")):

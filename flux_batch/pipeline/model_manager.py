@@ -1,7 +1,4 @@
-"""ModelManager: files in, the parts of a model out, each recognised by its keys.
-
-Knows the places of a model's parts; knows no prompt or image.
-"""
+"""ModelManager: files in, the parts of a model out, each recognised by its keys."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.precision import to_device, to_dtype
 from flux_batch.sampling_params import TOKEN_SIDE_PX, Quantization, check_choice, check_quantization
 
-# The changes to a model before it is filled.
+# The changes to a model before its weights are loaded.
 PREPARE_TRANSFORMER: Mapping[Quantization, Prepare | None] = {
     "none": None,
     "bfloat16": apply_narrow_weights,
@@ -70,11 +67,11 @@ class ModelManager:
 
     torch_dtype: None is the device's native dtype, see native_dtype. quantization: `bfloat16` keeps the matrices of
     transformer and T5 in bfloat16 and multiplies in float32; `fp8` keeps them in fp8 (with the same bits, if the file
-    holds fp8) and multiplies in `torch_dtype`; `fp8_matmul` multiplies the transformer's in fp8 as well, with bfloat16
-    only, on an NVIDIA GPU of Ada, Hopper or later, or, slowly and for the same images, on the CPU. variant: that of
-    the transformer, where neither its channels nor the names of its file and folder tell it.
+    holds fp8) and multiplies in `torch_dtype`; `fp8_matmul` also multiplies the transformer's matrices in fp8, with
+    torch_dtype bfloat16 only, on an NVIDIA GPU of Ada, Hopper or later, or slowly but with the same numbers on the CPU.
+    variant: needed if neither the transformer's channels nor the names of its file and folders show it.
     Raises: CheckpointError for a file that is missing, damaged, incomplete or of a layout that is not supported;
-    InvalidSetting for a device that is not there, or cannot multiply in fp8; OutOfMemory, DeviceFatal.
+    InvalidSetting for a device that does not exist, or cannot multiply in fp8; OutOfMemory, DeviceFatal.
     """
 
     def __init__(
@@ -120,13 +117,13 @@ class ModelManager:
     ) -> None:
         """Load each entry: a file, a folder that holds one part, or the list of files that make up one part.
 
-        If a file holds several parts (ComfyUI's all-in-one), all are loaded. ControlNets are added to those that are
-        there, in the order of their entries, after all parts of the model. A FLUX.1-Redux or an IP-Adapter is loaded
-        with the pipeline, in the dtype of the transformer, and its vision tower, of another entry or of the folder
-        `image_encoder` beside it. torch_dtype: the dtype of the others, None for that of the manager;
-        torch.float8_e4m3fn, as scripts for DiffSynth-Studio say, means `quantization` fp8. Files in a bucket or on a
-        hub are fetched once a machine, with `storage_options` (see local_model). names: other names of the model, such
-        as its address, which tell its variant beside those of its files.
+        If a file holds several parts (ComfyUI's all-in-one), all are loaded. ControlNets are added to the loaded ones,
+        in the order of their entries, after all parts of the model. A FLUX.1-Redux or an IP-Adapter is loaded with the
+        pipeline, in the dtype of the transformer; its vision tower is another entry or the folder `image_encoder`
+        beside it. torch_dtype: the dtype of the other parts, None for that of the manager; torch.float8_e4m3fn, as in
+        scripts for DiffSynth-Studio, means `quantization` fp8. Files in a bucket or on a hub are fetched once for each
+        machine, with `storage_options` (see local_model). names: further names of the model, such as its address,
+        which can show its variant like the names of its files.
         """
         dtype, quantization = self.torch_dtype, self.quantization
         if torch_dtype == torch.float8_e4m3fn:
@@ -150,10 +147,10 @@ class ModelManager:
                 self.controlnets.append(self._load_controlnet(net, dtype, quantization))
 
     def load_controlnets(self, uris: Sequence[PathOrFolder], *, refresh: bool = False) -> None:
-        """Load ControlNets from files, folders or addresses; one that is named again is the same net again.
+        """Load ControlNets from files, folders or addresses; a net that is named twice is loaded once.
 
-        refresh: ask remotes first whether they have changed.
-        Raises: CheckpointError for a file that is none, or for another model; StoreError.
+        refresh: check first whether remote files have changed.
+        Raises: CheckpointError for a file that is not a ControlNet, or is for another model; StoreError.
         """
         loaded: dict[str, ControlNet] = {}
         for uri in map(str, _as_paths("controlnets", uris)):
@@ -171,7 +168,7 @@ class ModelManager:
     def load_lora(self, file_path: PathOrFolder | Sequence[PathOrFolder], lora_alpha: float = 1.0) -> None:
         """Merge one or several LoRAs with the same scale into the loaded parts; see LoadedLoras.
 
-        `lora_alpha` is DiffSynth-Studio's name of the scale. The alphas of the file count as well.
+        `lora_alpha` is DiffSynth-Studio's name for the scale. The alphas in the file apply as well.
         """
         for path in _as_paths("file_path", file_path):
             self.loras.add(path, lora_alpha)
@@ -207,7 +204,7 @@ class ModelManager:
             self.loras.add_part("t5", self.t5.model)
 
     def _load_controlnet(self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> ControlNet:
-        """Load a ControlNet; what neither its weights nor its config.json tell is that of the transformer."""
+        """Load a ControlNet; parameters that its weights and config.json lack are those of the transformer."""
         of_base = {"axes_dims_rope": self.transformer.params.axes_dim} if self.transformer else {}
         config = of_base | read_config(checkpoint.folder, "controlnet")
         prepare = PREPARE_TRANSFORMER[quantization]
@@ -220,7 +217,7 @@ class ModelManager:
         return net
 
     def _variant_of(self, transformer: Flux, checkpoint: Checkpoint, names: Sequence[str]) -> Variant:
-        """Return the variant of a transformer, by its channels and by names: of its file, folders and address."""
+        """Return a transformer's variant, by channels and by names of file, folders and address."""
         hints = [part for path in (checkpoint.source, *names) for part in names_in(path)]
         hints += [str(read_json(path).get("_class_name")) for path in _model_indexes(checkpoint.folder)]
         try:
@@ -229,8 +226,8 @@ class ModelManager:
             raise ValueError(f"{checkpoint.source}: {error}") from error
         if variant is UNTOLD:
             log.warning(
-                "%s: neither its weights nor its name tell FLUX.1-Canny from -Depth: images that ask for no guidance "
-                "get that of Canny, %g; or set variant",
+                "%s: neither its weights nor its name show whether it is FLUX.1-Canny or -Depth: the default guidance "
+                "is that of Canny, %g; set variant to choose",
                 checkpoint.source,
                 variant.guidance,
             )
@@ -240,14 +237,14 @@ class ModelManager:
 
 
 def _model_indexes(folder: Path) -> list[Path]:
-    """Return the model_index.json of diffusers, of the folder of a part or of its model."""
+    """Return diffusers' model_index.json, in the folder of a part or of its model."""
     return [path for path in (folder / "model_index.json", folder.parent / "model_index.json") if path.is_file()]
 
 
 def locate_parts(
     uri: PathOrFolder, storage_options: Mapping[str, Any] | None = None, *, refresh: bool = False
 ) -> list[Path]:
-    """Return the local files of a model's parts, fetched if they are remote (see local_model).
+    """Return the local files of a model's parts, after fetching remote ones (see local_model).
 
     Raises: CheckpointError with the files that were looked for; StoreError.
     """
@@ -263,7 +260,7 @@ def check_parts_fit(
     t5: T5Encoder,
     controlnets: Sequence[ControlNet] = (),
 ) -> None:
-    """Raise CheckpointError unless the parts are of one model."""
+    """Raise CheckpointError unless the parts belong to one model."""
     for number, net in enumerate(controlnets, start=1):
         try:
             check_controlnet_fits(net.params, transformer.params)
@@ -289,7 +286,7 @@ def check_parts_fit(
 
 
 def _as_paths(name: str, paths: Any) -> list[Any]:
-    """Return the entries of an argument; a path alone is the only one. Raises: InvalidSetting for anything else."""
+    """Return the entries of an argument; a single path is one entry. Raises: InvalidSetting for anything else."""
     if isinstance(paths, (str, PathLike)):
         return [paths]
     if not isinstance(paths, (list, tuple)):
@@ -300,14 +297,14 @@ def _as_paths(name: str, paths: Any) -> list[Any]:
 def _to_path(
     source: PathOrFolder | Sequence[PathOrFolder], storage_options: Mapping[str, Any] | None = None
 ) -> Path | list[Path]:
-    """Return the path or the paths of one part on this machine."""
+    """Return the local path or paths of one part, after fetching remote ones."""
     if isinstance(source, (str, PathLike)):
         return embedder_in(local_path(source, storage_options))
     return [local_path(path, storage_options) for path in source]
 
 
 def _read_scheduler_config(home: Path) -> dict[str, Any]:
-    """Read the scheduler's configuration, in the folder of the weights or the one above; {} if there is none."""
+    """Read the scheduler's configuration from the folder of the weights or its parent; {} if there is none."""
     for folder in (home, home.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():

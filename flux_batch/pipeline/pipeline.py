@@ -1,6 +1,6 @@
 """FluxImagePipeline: prompts in, images out.
 
-The one translator between public words (those of DiffSynth-Studio and diffusers) and the model's. Knows no job.
+It translates between the public names (those of DiffSynth-Studio and diffusers) and the model's.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ class FluxImagePipeline(ImagePromptLoaders):
         cuda_graphs: bool = False,
         offload_text_encoders: bool = False,
     ) -> FluxImagePipeline:
-        """Build a pipeline of the loaded parts.
+        """Build a pipeline from the loaded parts.
 
-        compile: compile the transformer's blocks by torch.compile, and on a GPU those of the decoder: the first image
-        of the first and of the second size takes longer, all others less. None compiles on a GPU, and says so if
-        torch.compile does not work there. cuda_graphs: launch each step of the transformer in one piece, except the
-        first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory, except while
-        they encode texts; nothing changes on the CPU.
-        Raises: CheckpointError naming the parts that are not loaded, or for readers of image prompts that do not fit;
-        InvalidSetting if compile is True and torch.compile does not work here, or there is no CUDA device for graphs;
+        compile: compile the transformer's blocks by torch.compile, and on a GPU also the decoder's. The first image of
+        the first and of the second size then takes longer, all others take less time. None compiles on a GPU, with a
+        warning if torch.compile does not work there. cuda_graphs: launch each step of the transformer in one piece,
+        except the first of each size; not with a step_cache. offload_text_encoders: keep CLIP and T5 in host memory,
+        except while they encode texts; nothing changes on the CPU.
+        Raises: CheckpointError with the parts that are not loaded, or for a Redux or IP-Adapter that does not fit;
+        InvalidSetting if compile is True and torch.compile does not work here, or if cuda_graphs is True without CUDA;
         OutOfMemory; DeviceFatal.
         """
         check_step_cache(step_cache)
@@ -149,7 +149,7 @@ class FluxImagePipeline(ImagePromptLoaders):
         missing = [title for part, title in PART_TITLES.items() if getattr(model_manager, part) is None]
         if missing:
             raise CheckpointError(f"not loaded: {', '.join(missing)}; add their files to load_models([...])")
-        manager: Any = model_manager  # every part is there, see above
+        manager: Any = model_manager  # every part is loaded, see above
         nets = manager.controlnets
         parts = manager.transformer, manager.autoencoder, manager.clip, manager.t5, manager.schedule
         with device_errors():
@@ -186,12 +186,12 @@ class FluxImagePipeline(ImagePromptLoaders):
     ) -> FluxImagePipeline:
         """Load a model: a folder of either layout (diffusers' or the original), one file with all parts, or `demo`.
 
-        uri: a path, an address that fsspec knows (s3://bucket/flux, with `storage_options`), or a repository of Hugging
-        Face (hf://owner/name, owner/name); a remote model is fetched once a machine and then used without asking,
-        unless `refresh`, as are ControlNets. device: None is `cuda` or `mps` if there is one, else `cpu`. torch_dtype:
-        a dtype or its name; None or `auto` is the device's native dtype, on a CPU short of memory with quantization
-        `bfloat16`. quantization: see ModelManager; step_cache: the value of calls without one; compile, cuda_graphs,
-        offload_text_encoders: see from_model_manager. variant: see ModelManager. controlnets: files, folders or
+        uri: a path, an address that fsspec supports (s3://bucket/flux, with `storage_options`), or a repository of
+        Hugging Face (hf://owner/name, owner/name). Remote models and ControlNets are fetched once for each machine and
+        then used without a request, unless `refresh` is true. device: None is `cuda` or `mps` if there is one, else
+        `cpu`. torch_dtype: a dtype or its name; None or `auto` is the device's native dtype, and on a CPU with too
+        little memory also quantization `bfloat16`. quantization, variant: see ModelManager. step_cache: the default of
+        calls; compile, cuda_graphs, offload_text_encoders: see from_model_manager. controlnets: files, folders or
         addresses of ControlNets, in the order of a call's control images.
         Raises: CheckpointError with the files that were looked for; StoreError for a remote that fails; InvalidSetting.
         """
@@ -214,7 +214,7 @@ class FluxImagePipeline(ImagePromptLoaders):
 
     @property
     def default_t5_sequence_length(self) -> int:
-        """The T5 length the model was made for: 512 for dev, 256 for schnell, or that of its tokenizer if less."""
+        """The T5 length of the model: 512 for dev, 256 for schnell, or the tokenizer's maximum if that is less."""
         return min(T5_SEQUENCE_LENGTH[self.transformer.params.guidance_embed], self.t5.max_length)
 
     @property
@@ -223,18 +223,18 @@ class FluxImagePipeline(ImagePromptLoaders):
         width, p = self.transformer.img_in.weight.shape[1], self.transformer.params
         if width == p.in_channels:
             return self._variant
-        # Of several control LoRAs the names of all files come before those of folders.
+        # With several control LoRAs, the names of all files come before those of folders.
         nearest_first = zip_longest(*map(names_in, self.loras.with_columns(width)), fillvalue="")
         return variant_of(replace(p, in_channels=width), hints=chain.from_iterable(nearest_first))
 
     @property
     def default_guidance(self) -> float:
-        """The embedded guidance of images that ask for none: that of the authors of its variant, or of Redux."""
+        """The default embedded guidance: that of the variant's authors, or with a Redux on text-to-image 2.5."""
         return REDUX_GUIDANCE if self.image_prompts.redux and self.variant is TEXT_TO_IMAGE else self.variant.guidance
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        """The arguments of images without which this model makes nothing; one that needs several comes as often."""
+        """The image arguments that each call needs; control_image appears once for each ControlNet."""
         return (*self.variant.needs, *("control_image" for _ in self.controlnets.nets))
 
     @property
@@ -258,26 +258,26 @@ class FluxImagePipeline(ImagePromptLoaders):
             self.loras.add(uri, scale)
 
     def set_loras(self, loras: Sequence[tuple[PathOrFolder, float]]) -> None:
-        """Merge these LoRAs, each with its scale, and no others into the weights; [] takes all out.
+        """Merge exactly these LoRAs, each with its scale, into the weights; [] removes all.
 
-        uri: a path, or an address as of a model. The formats of PEFT and diffusers, sd-scripts, ComfyUI, XLabs,
-        OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio are recognised by their keys, for the transformer, CLIP
-        and T5. LoRAs fused before leave no trace: without LoRAs, the weights have their old bits.
-        Raises: CheckpointError for a file that is no LoRA, or has keys that match nothing; StoreError.
+        loras: pairs (uri, scale); uri is a path or an address, as for a model. The formats of PEFT and diffusers,
+        sd-scripts, ComfyUI, XLabs, OneTrainer, LyCORIS (LoHa, LoKr) and DiffSynth-Studio are recognised by their keys,
+        for the transformer, CLIP and T5. Removing LoRAs restores the weights bit for bit.
+        Raises: CheckpointError for a file that is not a LoRA, or has keys that match nothing; StoreError.
         """
         with device_errors(), self.texts.on_device(may_change=True):
             self.loras.set(loras)
 
     def unload_loras(self) -> None:
-        """Take all LoRAs out: the weights have their old bits."""
+        """Remove all LoRAs, which restores the weights bit for bit."""
         self.set_loras([])
 
     def encode_prompt(self, prompt: str | Sequence[str], t5_sequence_length: int | None = None) -> PromptEmbeds:
         """Return the embeddings of prompts, for calls with `prompt_embeds` and `pooled_prompt_embeds`.
 
-        One prompt or several (b) give (b, t5_sequence_length, context) and (b, vec), in the dtype of the pipeline, with
-        the LoRAs that are fused now. Offloaded text encoders come to the device once for all of them, and the
-        embeddings are in host memory then, else on the device. Negative prompts are encoded in the same way.
+        Their shapes for b prompts are (b, t5_sequence_length, context) and (b, vec), in the dtype of the pipeline.
+        They depend on the LoRAs that are fused now. Offloaded text encoders move to the device once for all prompts,
+        and the embeddings are then in host memory, else on the device. Negative prompts are encoded in the same way.
         Raises: InvalidSetting; OutOfMemory; DeviceFatal.
         """
         return self.texts.encode_prompt(prompt, t5_sequence_length)
@@ -285,7 +285,7 @@ class FluxImagePipeline(ImagePromptLoaders):
     def truncations(
         self, prompts: str | Sequence[str], t5_sequence_length: int | None = None
     ) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
+        """Return for each prompt whether CLIP and whether T5 truncates it. Raises: InvalidSetting."""
         return self.texts.truncations(prompts, t5_sequence_length)
 
     def __call__(
@@ -329,62 +329,65 @@ class FluxImagePipeline(ImagePromptLoaders):
     ) -> Any:
         """Make an image of a prompt, or a list of images of prompts or embeddings.
 
-        prompt: a text or b texts. The end of one that is too long for a text encoder is left out, with a warning.
-        negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all prompts, or a list as long
-        as they are; one image in a list is for all, too.
+        prompt: a text or b texts. A text that is too long for a text encoder is truncated, with a warning.
+        negative_prompt, embedded_guidance, cfg_scale, seed and images are one value for all prompts, or a list with a
+        value for each; a list with a single image is for all, too.
 
-        negative_prompt: read by a second pass, which runs if any cfg_scale is not 1; an image whose scale is 1 does not
-            change by it.
-        height, width: by default those of the first reference, or else 1024.
-        num_inference_steps: 30 as in DiffSynth-Studio, whose calls this one takes. A job's default is 28, as in
-            diffusers; the same seed gives another image there.
+        negative_prompt: read by a second pass, which runs if any cfg_scale is not 1. It does not affect an image whose
+            scale is 1.
+        height, width: by default those of the first reference, else 1024.
+        num_inference_steps: 30, as in DiffSynth-Studio, whose calls work here. A job's default is 28, as in diffusers,
+            so the same seed gives another image there.
         embedded_guidance: by default that of the model: 3.5; 30 for Fill and Canny, 10 for Depth, 2.5 for Kontext, 4.5
-            for Krea. With a Redux 2.5 is usual. ControlNets leave it, where FluxControlNetPipeline has 7.
+            for Krea, 2.5 with a Redux. ControlNets do not change it; FluxControlNetPipeline of diffusers has 7.
         seed: None draws from torch's global generator.
-        input_image: put on white where it is transparent, resized to width x height by Lanczos, whatever its
-            proportions. A job does the same, and also turns it by its EXIF orientation.
-        denoising_strength: how much of it is noised over, in (0, 1]. As in diffusers, the first int(steps - steps x
-            strength) steps are left out, and the noise starts at the level of the next; 1 starts from noise alone. Its
-            latents are drawn from the posterior, before the noise and from the same generator; on a Kontext they are
-            its mean.
-        sigma_shift: DiffSynth-Studio's way, e.g. 3.0: its static schedule instead of the model's, which with an
-            input_image runs all steps from a lower level, and the posterior's mean.
-        mask_image: white where input_image is repainted, in its proportions. Fill reads it; any other model has what is
-            left put back after each step, as in diffusers. paste_back gives these pixels the bits of the resized image.
-        control_image: what Canny, Depth and ControlNets read. For several nets a list, one for each; a list of images
-            alone is for every prompt. A single net reads each of a list. control_image_scale: weights, for each prompt.
+        input_image: the image to start from. Transparent pixels become white, and it is resized to width x height by
+            Lanczos, ignoring its proportions. A job does the same, and also applies the EXIF orientation.
+        denoising_strength: the share of the steps that run on input_image, in (0, 1]. As in diffusers, the first
+            int(steps - steps x strength) steps are skipped, and the noise has the level of the next step; 1 starts from
+            pure noise. The image's latents are sampled from the posterior, before the noise and with the same
+            generator; on a Kontext they are the mean.
+        sigma_shift: use DiffSynth-Studio's static schedule with this shift, e.g. 3.0, instead of the model's. With an
+            input_image it runs all steps, from a lower noise level, and takes the posterior's mean.
+        mask_image: white where input_image is repainted, with the same proportions. Fill reads the mask; for any other
+            model the rest of the image is restored after each step, as in diffusers. paste_back: give the pixels
+            outside the mask the exact values of the resized image.
+        control_image: the image that Canny, Depth and ControlNets read. Pass a list for several nets, one for each; a
+            flat list of images is for every prompt. A single net reads every image of a list. control_image_scale:
+            weights, for each prompt.
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode: see ControlSetting;
             each one value for all, or one for each control image.
-        reference_image: what Kontext edits, one or several for an image, brought to the nearest size that it was
-            trained with unless resize_references is false.
-        image_prompt: images as prompts, one or several for each, with weights in image_prompt_scale; diffusers'
-            ip_adapter_image. A Redux turns them into tokens behind those of the text: several follow one another, where
-            FluxPriorReduxPipeline adds them up; a negative prompt has none. An IP-Adapter lets the image attend to
-            them; a negative prompt has black ones. Of several IP-Adapters each has its own image, or list of images, in
-            their order; an ip_adapter_image with an entry for each adapter is for every prompt, as in diffusers.
-            ip_adapter_image_embeds, (1, k, e) or (b, k, e) for each, are what prepare_ip_adapter_image_embeds returns.
+        reference_image: one or several images that Kontext edits, resized to the nearest size that it was trained with
+            unless resize_references is false.
+        image_prompt: one or several images as prompts, with weights in image_prompt_scale; ip_adapter_image in
+            diffusers. A Redux turns them into tokens after those of the text; the tokens of several are concatenated,
+            while FluxPriorReduxPipeline sums them, and a negative prompt has none. With an IP-Adapter the image tokens
+            attend to them, and a negative prompt has black images. Each of several IP-Adapters has its own image or
+            list of images, in their order; an ip_adapter_image with an entry for each adapter is for every prompt, as
+            in diffusers. ip_adapter_image_embeds: (1, k, e) or (b, k, e) for each adapter, as
+            prepare_ip_adapter_image_embeds returns them.
         progress_bar: wraps the steps, e.g. tqdm.
-        callback_on_step_end: called after each step as by diffusers: with the pipeline, the step, its timestep in
-            [0, 1000] and {"latents": (b, n, 4c)}; what it returns under that name goes on.
-        tiled: runs only the autoencoder in tiles, of tile_size every tile_stride, in latents when decoding and in
+        callback_on_step_end: called after each step, as in diffusers, with the pipeline, the step, its timestep in
+            [0, 1000] and {"latents": (b, n, 4c)}; latents that it returns under that name replace the current ones.
+        tiled: run the autoencoder (only) in tiles of tile_size every tile_stride, in latents when decoding and in
             pixels when encoding. It takes less memory; an image that does not fit into a tile differs a little.
         step_cache: trades quality for speed; 0 is off, about 0.1 is a start. At a step where the first block changes an
-            image by less than this share since the last computed step, the later blocks are not run, and their last
-            changes are added again. Each image is judged alone; the first and the last step are always computed. A
-            pipeline with cuda_graphs cannot use it.
-        prompt_embeds, pooled_prompt_embeds: (b, l, context) and (b, vec), in place of the prompt, and those of
+            image by less than this share since the last computed step, the later blocks are skipped and their last
+            changes are added again. This is decided for each image alone; the first and the last step are always
+            computed. A pipeline with cuda_graphs cannot use it.
+        prompt_embeds, pooled_prompt_embeds: (b, l, context) and (b, vec), in place of the prompt, also with the prefix
             negative_; `encode_prompt` returns them for b texts of T5 length l.
 
-        diffusers' names guidance_scale, true_cfg_scale, max_sequence_length, image and strength are accepted, and
-        DiffSynth-Studio's kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image, ipadapter_images and
-        ipadapter_scale. On a Kontext, `image` is a reference, as in diffusers, whose size is 1024 x 1024 by default;
-        beside a mask_image it is the image to repaint, which without an image_reference is the reference, too. Latents
-        of conditions are the posterior's mean, where diffusers samples it: an image depends on its own arguments alone.
+        Accepted names of diffusers: guidance_scale, true_cfg_scale, max_sequence_length, image and strength; of
+        DiffSynth-Studio: kontext_images, flux_fill_image, flux_fill_mask, flux_redux_image, ipadapter_images and
+        ipadapter_scale. On a Kontext, `image` is a reference, as in diffusers, where its default size is 1024 x 1024.
+        With a mask_image it is the image to repaint, and without an image_reference also the reference. Latents of
+        conditions are the posterior's mean; diffusers samples them. So an image depends on its own arguments alone.
 
         Returns, by output_type: `pil`; `np` uint8 (height, width, 3); `pt` fp32 (b, 3, height, width) in [-1, 1];
         `latent` scaled (b, c, height/8, width/8). The last two keep the batch axis for a single prompt too.
-        Raises: InvalidSetting naming the argument and what would be right; RowError for an image with numbers that
-        are not finite; OutOfMemory; DeviceFatal.
+        Raises: InvalidSetting with the argument and the right values; RowError for an image with NaN or infinity;
+        OutOfMemory; DeviceFatal.
         """
         given = {
             "input_image": input_image,
@@ -455,8 +458,8 @@ class FluxImagePipeline(ImagePromptLoaders):
         *,
         paste_back: bool,
     ) -> Any:
-        """Return what a call makes, in the form of its output. Raises: RowError; OutOfMemory; DeviceFatal."""
-        if is_compiled(self.transformer):  # perhaps in another thread
+        """Return the images of a call in its output type. Raises: RowError; OutOfMemory; DeviceFatal."""
+        if is_compiled(self.transformer):  # options are per thread, and another thread may have compiled it
             set_compile_options(self.attention)
         try:
             with torch.inference_mode(), without_autocast(), device_errors():

@@ -1,7 +1,4 @@
-"""The dtype of a pipeline whose caller leaves it open.
-
-Knows devices, the shapes of a checkpoint and the memory of this machine; knows no job and no storage.
-"""
+"""The device and dtype of a pipeline: defaults, names, and what fits into memory."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ from flux_batch.model.optimize.host_memory import free_memory
 from flux_batch.pipeline.errors import checkpoint_errors
 from flux_batch.sampling_params import Quantization
 
-# Values with which callers leave the dtype open.
+# Values that mean the default dtype.
 AUTO = (None, "auto")
 # The share of free memory that weights may take: the rest is for activations, libraries and the system.
 _SHARE_FOR_WEIGHTS = 0.8
 
 
 def must_be_narrow(device: torch.device, dtype: torch.dtype, paths: Sequence[Path]) -> bool:
-    """Return whether the model at `paths` fits into memory in float32 with narrow matrices only.
+    """Return whether the model at `paths` fits into memory in float32 only with narrow matrices.
 
-    False on other devices than a CPU, which widens them for each product. Raises: CheckpointError.
+    False unless the device is a CPU: only a CPU widens the matrices for each product. Raises: CheckpointError.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return False
@@ -44,7 +41,7 @@ def default_device() -> torch.device:
 
 
 def to_device(device: str | torch.device | int) -> torch.device:
-    """Return the device of that name. Raises: InvalidSetting for a name of none, and for a device that is not here."""
+    """Return the device of that name. Raises: InvalidSetting for an invalid name, or a device that does not exist."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -68,7 +65,7 @@ def _default_dtype(device: torch.device, quantization: Quantization = "none") ->
 def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization: Quantization = "none") -> torch.dtype:
     """Return the dtype of that name, the default for None and `auto`.
 
-    Raises: InvalidSetting for a dtype that images are not computed in.
+    Raises: InvalidSetting for a dtype in which images cannot be computed.
     """
     if name in AUTO:
         return _default_dtype(device, quantization)
@@ -79,7 +76,7 @@ def to_dtype(name: torch.dtype | str | None, device: torch.device, quantization:
 
 
 def fits_into_memory(num_bytes: int) -> bool:
-    """Return whether weights of that size fit into free memory; True if that is not known."""
+    """Return whether weights of that size fit into free memory; True if its size is unknown."""
     free = free_memory()
     return free is None or num_bytes <= _SHARE_FOR_WEIGHTS * free
 

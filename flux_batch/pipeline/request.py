@@ -1,7 +1,4 @@
-"""One call of the pipeline, checked: what to make from which texts and images.
-
-Knows words and ranges, and the number of steps that an input image leaves; computes nothing.
-"""
+"""A call of the pipeline with its arguments checked and translated; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from flux_batch.sampling_params import (
     check_tiles,
 )
 
-# The spellings of diffusers and DiffSynth-Studio that a call accepts beside those of a job.
+# The spellings of diffusers and DiffSynth-Studio that a call accepts in addition to those of a job.
 _CALL_ALIASES = {
     **ALIASES,
     "strength": "denoising_strength",
@@ -45,7 +42,7 @@ _CALL_ALIASES = {
     "ipadapter_images": "image_prompt",
     "ipadapter_scale": "image_prompt_scale",
 }
-# DiffSynth-Studio's argument for the images of ControlNets with their settings, each a ControlNetInput.
+# DiffSynth-Studio's argument for the images of ControlNets and their settings, a list of ControlNetInput.
 _DIFFSYNTH_CONTROLS = "controlnet_inputs"
 # The arguments of diffusers that a call refuses, and what to pass instead.
 _INSTEAD = {
@@ -67,7 +64,7 @@ Texts: TypeAlias = list[str] | PromptEmbeds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineRequest:
-    """One call, checked: each list has one entry an image. Raises: InvalidSetting naming the argument."""
+    """A checked call; each list has one entry for each image. Raises: InvalidSetting with the argument's name."""
 
     prompts: Texts
     sampling: list[SamplingParams]
@@ -104,7 +101,7 @@ class PipelineRequest:
 
     @property
     def shared(self) -> SamplingParams:
-        """The settings that all images have in common, beside those of the first one."""
+        """The settings of the first image, for fields that are equal for all images."""
         return self.sampling[0]
 
     @property
@@ -119,7 +116,7 @@ class PipelineRequest:
 
     @property
     def num_steps_left(self) -> int:
-        """The number of steps without those that an input image skips."""
+        """The number of steps without those that are skipped for an input image."""
         num_steps = self.shared.num_inference_steps
         return num_steps - first_step(num_steps, self.shared.denoising_strength)
 
@@ -150,7 +147,7 @@ def check_texts(name: str, texts: Sequence[Any]) -> None:
             raise InvalidSetting(f"{name} = {text!r}: must be a string or a list of strings", field=name)
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half a character, as JSON can spell it
+        except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
             raise InvalidSetting(f"{name} = {text!r}: must be valid Unicode", field=name) from error
 
 
@@ -169,9 +166,9 @@ def as_list(name: str, texts: str | Sequence[str] | None) -> list[str]:
 
 
 def embeds_of(name: str, texts: Any, embeds: Tensor | None, pooled: Tensor | None) -> PromptEmbeds | None:
-    """Return the embeddings that stand in for the argument `name`, None if there are none.
+    """Return the embeddings that replace the argument `name`, or None.
 
-    Raises: InvalidSetting if `texts` are given as well, or one of the two embeddings without the other.
+    Raises: InvalidSetting if `texts` are given as well, or if only one of the two embeddings is given.
     """
     if embeds is None and pooled is None:
         return None
@@ -224,12 +221,12 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 def resolve_aliases(
     aliases: Mapping[str, Any], given: Mapping[str, Any], parameters: Mapping[str, Parameter]
 ) -> dict[str, Any]:
-    """Return arguments with diffusers' names under our names.
+    """Return the arguments that have diffusers' or DiffSynth-Studio's names under our names.
 
-    given: the arguments under our names. parameters: those of the call, with their defaults.
-    Raises: InvalidSetting for an argument that is unknown, with the nearest name or what to pass instead, and for
-    two names of one argument with two values, `controlnet_inputs` and what it stands for among them; None is no value,
-    nor is the default under our name.
+    given: the arguments under our names. parameters: the parameters of the call, with their defaults.
+    Raises: InvalidSetting for an unknown argument, with the nearest name or the argument to pass instead; and for an
+    argument that is given under two names with different values, also through `controlnet_inputs`. None, and the
+    default under our name, do not count as given.
     """
     _check_names(aliases, parameters)
     chosen = {
@@ -251,7 +248,7 @@ def resolve_aliases(
 
 
 def _check_names(aliases: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
-    """Raise InvalidSetting for an argument that is unknown."""
+    """Raise InvalidSetting for an unknown argument."""
     for name in aliases:
         if name not in (*_CALL_ALIASES, _DIFFSYNTH_CONTROLS):
             names = [name for name in parameters if name not in ("self", "aliases")] + list(_CALL_ALIASES)
@@ -260,7 +257,7 @@ def _check_names(aliases: Mapping[str, Any], parameters: Mapping[str, Parameter]
 
 
 def _controls_beside(chosen: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
-    """Return the arguments that `controlnet_inputs` stands for. Raises: InvalidSetting if one is chosen, too."""
+    """Return the arguments that `controlnet_inputs` replaces. Raises: InvalidSetting if one of them is given, too."""
     controls = controls_of_diffsynth(inputs)
     for name in (*controls, *(CONTROL_ARGUMENTS if controls else ())):
         if name in chosen and not _is_same(chosen[name], controls.get(name)):
@@ -275,7 +272,7 @@ def _default_of(name: str, parameters: Mapping[str, Parameter]) -> Any:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two values are one object or equal numbers, or lists of such."""
+    """Return whether two values are the same object or equal numbers, or lists of these."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_is_same, one, other))
     return one is other or (isinstance(one, Real) and isinstance(other, Real) and one == other)

@@ -1,4 +1,4 @@
-"""The texts of a pipeline: CLIP and T5 turn them into embeddings, the last of which are remembered; knows no image.
+"""The text encoders of a pipeline, CLIP and T5, with a cache of embeddings.
 
 Letters: b texts, l tokens, d width.
 """
@@ -25,9 +25,9 @@ from flux_batch.pipeline.loras import LoadedLoras
 from flux_batch.pipeline.request import PipelineRequest, as_list, check_texts
 from flux_batch.sampling_params import MAX_T5_LENGTH, check_integer
 
-# About 64 prompts of FLUX.1-dev in bfloat16: those of the batches near each other, and the empty one.
+# About 64 prompts of FLUX.1-dev in bfloat16: enough for neighbouring batches and the empty prompt.
 _MAX_BYTES = 256 * 2**20
-# Texts whose tokens are counted once: those of some batches.
+# The number of texts whose truncation is cached: those of a few batches.
 _MAX_COUNTED = 256
 
 _Encode = Callable[[str, int], PromptEmbeds]
@@ -37,8 +37,8 @@ _OnDevice = Callable[[], AbstractContextManager[None]]
 class TextEncoders:
     """CLIP and T5 of a pipeline, with the LoRAs that are fused into them.
 
-    default_length: T5 tokens of a text that asks for none. device, dtype: of the embeddings. offload: keep the weights
-    in host memory, and the embeddings too, except while texts are encoded; nothing changes on the CPU.
+    default_length: the default number of T5 tokens. device, dtype: of the embeddings. offload: keep the weights in host
+    memory except while texts are encoded, and the embeddings always; nothing changes on the CPU.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class TextEncoders:
         kept_on = torch.device("cpu") if self.is_offloaded else device
         offloaded = apply_offload([clip.model, t5.model] if self.is_offloaded else [], device)
         self.on_device = offloaded.on_device
-        # No methods of this object: the weights of a pipeline that is dropped would wait for the garbage collector.
+        # Bound methods would make a cycle: the weights of a deleted pipeline would wait for the garbage collector.
         self._cache = TextCache(partial(_encode_one, clip, t5, kept_on, dtype), on_device=offloaded.on_device)
-        # A worker asks before each call, which asks again, while its GPU has nothing to do.
+        # A worker asks before each call, and the call asks again, while the GPU is idle: the cache saves that time.
         self._is_cut = lru_cache(_MAX_COUNTED)(partial(_count_one, clip, t5))
 
     def encode(self, prompts: Sequence[str], length: int) -> PromptEmbeds:
-        """Return the embeddings of each prompt, those of the last prompts from memory."""
+        """Return the embeddings of each prompt, from the cache if possible."""
         return self._cache(prompts, length, self._loras.version)
 
     def encode_prompt(self, prompt: str | Sequence[str], length: int | None) -> PromptEmbeds:
-        """Return the embeddings of one prompt or several of a caller. Raises: InvalidSetting."""
+        """Return the embeddings of one or several prompts of a caller. Raises: InvalidSetting."""
         prompts = as_list("prompt", prompt)
         check_texts("prompt", prompts)
         if length is not None:
@@ -80,7 +80,7 @@ class TextEncoders:
             return PromptEmbeds(*map(normal_tensor, embeds))
 
     def truncations(self, prompts: str | Sequence[str], length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return whether CLIP and whether T5 leaves out the end of each prompt. Raises: InvalidSetting."""
+        """Return for each prompt whether CLIP and whether T5 truncates it. Raises: InvalidSetting."""
         prompts = as_list("prompts", prompts)
         check_texts("prompts", prompts)
         if length is not None:
@@ -88,7 +88,7 @@ class TextEncoders:
         return [self._is_cut(prompt, length or self._default_length) for prompt in prompts]
 
     def warn_of_cut(self, request: PipelineRequest) -> None:
-        """Warn if the end of a text is left out; Python prints a warning once a program."""
+        """Warn if a text is truncated; Python prints the warning once for each program."""
         both = request.prompts, request.negative_prompts if request.uses_cfg else []
         texts = dict.fromkeys(text for each in both if isinstance(each, list) for text in each)
         truncations = self.truncations(list(texts), request.t5_length(self._default_length))
@@ -111,12 +111,12 @@ def _encode_one(
 
 
 class TextCache:
-    """Encodes each text alone, and remembers the last ones, up to `max_bytes`.
+    """An encoder of single texts with a cache of recent results, up to `max_bytes`.
 
-    Neither the other texts of a batch nor what is remembered can thus change a bit of an image: a sum over more rows
-    may be rounded in another order. A text of 512 tokens keeps a GPU busy alone.
+    Texts are encoded alone, since products with more rows may round differently. So neither the rest of a batch nor the
+    cache can change a bit of an image. A single text of 512 tokens already keeps a GPU busy.
 
-    encode: runs the encoders on a text, for a T5 length; on_device: a context within which they can be run.
+    encode: runs the encoders on a text, for a T5 length; on_device: the context in which they can be run.
     """
 
     def __init__(self, encode: _Encode, max_bytes: int = _MAX_BYTES, on_device: _OnDevice = nullcontext) -> None:
@@ -127,7 +127,7 @@ class TextCache:
     def __call__(self, texts: Sequence[str], length: int, version: Hashable = None) -> PromptEmbeds:
         """Return the embeddings of texts: (b, l, d) and (b, d).
 
-        length: T5 tokens; version: of the encoders' weights, since other weights give other embeddings.
+        length: T5 tokens; version: identifies the encoders' weights, since other weights give other embeddings.
         """
         keys = {text: (text, length, version) for text in texts}
         encoded = {text: kept for text, key in keys.items() if (kept := self._memo.find(key))}

@@ -1,1 +1,1 @@
-"""Reports on a run for people: progress, status, verification, gallery."""
+"""Reports on a run for people: progress, status, verification, comparison, gallery, charts."""

@@ -1,4 +1,4 @@
-"""The commands `gallery`, `verify` and `gc`: call, say, as JSON and as text; heavy imports wait until then."""
+"""The commands `gallery`, `verify` and `gc`: call, and output as JSON and text. Heavy imports happen in the call."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 _Progress: TypeAlias = Callable[[int, int], None]
 _Said: TypeAlias = tuple[dict[str, Any], str]
-"""The result of a command for programs, and the same for people."""
+"""The result of a command for programs, and as text for people."""
 
 _SINGLE_FILE_IMAGES, _GALLERY_IMAGES = 200, 100_000
 _REMAINS = "; the bucket keeps versions, so their bytes remain until a lifecycle rule of the bucket ends them"
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Raise JobError for a file where a command takes the output of a run."""
+    """Raise JobError for a file in place of the output of a run."""
     for name in ("output", "other", "beside"):
         uri = getattr(arguments, name, None)
-        if not uri or not os.path.isfile(uri):  # that of Path raises for a name that is too long
+        if not uri or not os.path.isfile(uri):  # Path.is_file raises for a name that is too long
             continue
         if not uri.endswith((".yaml", ".yml")):
             raise JobError(f"{uri} is a file; this command takes the output of a run, which is a folder")
@@ -60,7 +60,7 @@ def gallery_command(arguments: argparse.Namespace, options: dict[str, Any], prog
 
 
 def said_of_gallery(store: Store, size: RunSize, num_shown: int) -> _Said:
-    """Return what there is to say of a gallery of `store`."""
+    """Return the result and the text for a gallery of `store`."""
     from flux_batch.report.gallery.write import PAGE, SHEET, format_gallery
 
     counts = ("name", "num_images", "num_failed", "num_committed", "num_shards", "is_complete")
@@ -69,7 +69,7 @@ def said_of_gallery(store: Store, size: RunSize, num_shown: int) -> _Said:
 
 
 def verify_command(arguments: argparse.Namespace, options: dict[str, Any], progress: _Progress) -> tuple[_Said, int]:
-    """Verify a run, and repair it if asked to. Returns: also the exit code."""
+    """Verify a run, and repair it if requested. Returns: the result and the exit code."""
     from flux_batch.report.saved_run import opened_run
     from flux_batch.report.verify import format_verdict, repair, verify
     from flux_batch.storage.store import Store

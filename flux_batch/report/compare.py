@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs in their settings, their images and the scores of these."""
+"""The comparison of two runs: differences in settings, images and scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.sampling_params import SAMPLING_FIELDS
 from flux_batch.storage.store import Store
 
-# Images that are decoded by default, and lines of each part of the text.
+# The default number of images to decode, and the number of lines of each part of the text.
 _MAX_DECODED = 10
 _MAX_LISTED = 10
 _MAX_VALUE_LENGTH = 100
@@ -39,12 +39,12 @@ _Pair = tuple[_Row, _Row]
 
 @dataclass
 class _Comparison:
-    """The differences of two runs, A and B; images are the same ones by id and index.
+    """The differences of two runs, A and B. Images are matched by id and index.
 
-    `settings`, `versions`: by name the value in either run; versions are those known of both. `num_equal`,
-    `num_differ`: by the bytes of files, which hold the settings too. `rows`: by setting the number of images that
-    differ in it. `pixels`: how far some that differ are, by their key in A; None for another size. `scores`: by column
-    of numbers its mean in either run, over the images that have it in both. `problems`: what could not be read.
+    `settings`, `versions`: by name, the value in each run; only versions known of both. `num_equal`, `num_differ`:
+    compared by the bytes of files, which also contain the settings. `rows`: by setting, the number of images that
+    differ in it. `pixels`: by key in A, the difference of some differing images; None for another size. `scores`: by
+    numeric column, its mean in each run over the images that have it in both. `problems`: files that could not be read.
     """
 
     runs: tuple[str, str]
@@ -86,7 +86,7 @@ class _Comparison:
         return "\n".join([*lines, *_lines("problems", self.problems)])
 
     def add(self, pair: _Pair) -> bool:
-        """Count an image that both runs have. Returns: whether it was made in both, and differs."""
+        """Count an image that both runs have. Returns: whether it succeeded in both, and differs."""
         one, two = pair
         self.num_in_both += 1
         self.rows.update(name for name in _SETTINGS if one.get(name) != two.get(name))
@@ -115,14 +115,14 @@ class _Sums:
 
     @property
     def means(self) -> tuple[float, float]:
-        """The mean in either run."""
+        """The mean in each run."""
         return self.one / self.number, self.two / self.number
 
 
 def compare_runs(one: Store, two: Store, max_decoded: int = _MAX_DECODED) -> _Comparison:
-    """Return what differs between two runs, as far as they are committed.
+    """Return the differences between the committed parts of two runs.
 
-    max_decoded: so many of the images that differ are decoded. Raises: JobError if there is no run; StoreError.
+    max_decoded: the number of differing images to decode. Raises: JobError if there is no run; StoreError.
     """
     runs = SavedRun.open(one), SavedRun.open(two)
     found = _Comparison((one.uri, two.uri))
@@ -143,7 +143,7 @@ def compare_runs(one: Store, two: Store, max_decoded: int = _MAX_DECODED) -> _Co
     found.scores = {name: each.means for name, each in sorted(sums.items())}
     for pair in sorted(differ, key=lambda pair: str(pair[0]["key"])):
         data = [run.image(row) for run, row in zip(runs, pair, strict=True)]
-        if data[0] is not None and data[1] is not None:  # else `verify` says what is wrong
+        if data[0] is not None and data[1] is not None:  # otherwise `verify` reports the problem
             found.pixels[pair[0]["key"]] = difference(decode(data[0]), decode(data[1]))
     return found
 
@@ -154,7 +154,7 @@ def _different(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _versions(store: Store) -> dict[str, Any]:
-    """Return what is known of the surroundings of a run, with its settled dtype."""
+    """Return the known surroundings of a run, and the dtype that its first worker chose."""
     settled = read_json(store, PRECISION) or {}
     return surroundings_of_run(store) | ({"settled dtype": settled["dtype"]} if "dtype" in settled else {})
 
@@ -181,7 +181,7 @@ def _counted_rows(run: SavedRun, found: _Comparison, side: int) -> Iterator[_Row
 def _pairs(one: Iterable[_Row], two: Iterable[_Row]) -> Iterator[_Pair]:
     """Yield the rows of both runs that have the same id and index.
 
-    Only those that wait for their other half are kept in memory: few, where the runs are of the same prompts.
+    Only rows without their counterpart so far are in memory: few, if both runs have the same prompts.
     """
     waiting: tuple[dict[Any, _Row], dict[Any, _Row]] = ({}, {})
     for both in zip_longest(one, two):
@@ -197,7 +197,7 @@ def _pairs(one: Iterable[_Row], two: Iterable[_Row]) -> Iterator[_Pair]:
 
 
 def _scores(pair: _Pair) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Yield the numbers that both rows have and that are no setting: columns of prompts, annotations, `quality`."""
+    """Yield the numbers in both rows that are not settings: columns of prompts, annotations, `quality`."""
     one, two = pair
     for name, value in one.items():
         if name not in _COLUMNS and _is_number(value) and _is_number(two.get(name)):
@@ -209,7 +209,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _lines(title: str, texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts as the lines of a part, and how many more there are."""
+    """Yield texts as the lines of a part, and the number of left-out ones."""
     listed = list(texts)
     for number, text in enumerate(listed[:_MAX_LISTED]):
         yield f"{'' if number else title:<9}{text}"

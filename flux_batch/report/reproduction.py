@@ -1,4 +1,4 @@
-"""An image of a run beside the same one made again: equal or not, how far, and what differs around it."""
+"""The comparison of an image of a run with its reproduction: their difference, and what differs around them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.report.summary import installed_versions
 from flux_batch.storage.store import Store
 
-# The name of the model's revision among what may differ.
+# The name of the model's revision among the surroundings.
 _REVISION = "model revision"
 
 
@@ -48,15 +48,16 @@ class Original:
         return cls(run, row, data)
 
     def compared(self, pixels: Pixels, now: Mapping[str, Any]) -> Reproduction:
-        """Return what came of making the image again: its pixels (uint8, h w 3), and the surroundings of `now`.
+        """Return the comparison with the image made again.
 
-        They are encoded as the run encodes, so that an image of a lossy format can be equal too.
+        pixels: the new image, uint8 (h w 3), encoded as in the run, so that images in a lossy format can be equal, too.
+        now: the surroundings in which it was made.
         """
         data = encode(pixels, self.run.config.output.image, read_provenance(self.data))
         before = {**surroundings_of_run(self.run.store), "tile_size": self.row.get("tile_size")}
         both = {name: (value, now.get(name)) for name, value in before.items()}
         if None in both.get(_REVISION, ()):
-            del both[_REVISION]  # nobody could be asked
+            del both[_REVISION]  # it could not be determined
         return Reproduction(
             key=str(self.row["key"]),
             is_same_file=data == self.data,
@@ -70,8 +71,8 @@ class Original:
 class Reproduction:
     """An image made again.
 
-    is_same_file: whether it has the bytes of the original. difference: how far its pixels are; None for another size.
-    differs: by name, what was otherwise in the run and what it is here. data: the new image, encoded as in the run.
+    is_same_file: whether it has the bytes of the original. difference: of its pixels; None for another size. differs:
+    by name, differing surroundings (in the run, here). data: the new image, encoded as in the run.
     """
 
     key: str
@@ -101,18 +102,18 @@ class Reproduction:
         equal = "equal, byte for byte" if self.is_same_file else str(self.difference or "is of another size")
         lines = [f"{self.key}: {equal}"]
         if not self.is_equal:
-            lines.append("it was made alone; in a batch, as in the run, the last digits can be others")
+            lines.append("it was made alone; in a batch, as in the run, the last digits can differ")
         lines += [f"{name:<15}{_word(one)} in the run, {_word(now)} here" for name, (one, now) in self.differs.items()]
         return "\n".join(lines)
 
 
 def surroundings(kernels: Kernels, revision: str | None, tile_size: int | None) -> dict[str, Any]:
-    """Return what decides the bits of an image made here beside its settings, by name."""
+    """Return by name what affects the bits of an image made here, besides its settings."""
     return {**installed_versions(), **asdict(kernels), _REVISION: revision, "tile_size": tile_size}
 
 
 def surroundings_of_run(store: Store) -> dict[str, Any]:
-    """Return the same of a run, as far as its report and precision say it."""
+    """Return the same for a run, as far as its files have it."""
     report = read_json(store, REPORT) or {}
     kernels = Kernels.of_record(read_json(store, PRECISION))
     revision = (report.get("model") or {}).get("revision")

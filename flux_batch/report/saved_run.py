@@ -1,4 +1,4 @@
-"""A run read from its output alone, without job file, prompts or secrets.
+"""A run read only from its output, without job file, prompts or secrets.
 
 It is for code that reads the result of a run: verify, gallery, reproduce, compare.
 """
@@ -34,7 +34,7 @@ class SavedRun:
 
     @classmethod
     def open(cls, store: Store) -> SavedRun:
-        """Read a run. Raises: JobError if there is none, DamagedObject if its own files cannot be read."""
+        """Read a run. Raises: JobError if there is no run, DamagedObject if its own files cannot be read."""
         try:
             plan, job = store.read(PLAN), store.read(JOB)
         except NotFound as error:
@@ -42,7 +42,7 @@ class SavedRun:
         try:
             outline = Outline.from_parquet(plan)
             config = JobConfig.from_yaml(job.decode(), origin=store.url(JOB))
-        except ValueError as error:  # JobError is one too
+        except ValueError as error:  # includes JobError
             raise DamagedObject(f"{store.uri}: {PLAN} or {JOB} is damaged: {error}") from error
         outline = replace(outline, passthrough=columns_of_job(outline.passthrough, config))
         return cls(RunFolder(store, len(outline.num_rows)), config, outline)
@@ -64,7 +64,7 @@ class SavedRun:
 
     @property
     def output_format(self) -> OutputFormat:
-        """The format in which its images are stored."""
+        """The output format of its images."""
         return format_for(self.config.output, self.outline.passthrough)
 
     def name(self, shard: int) -> str:
@@ -76,7 +76,7 @@ class SavedRun:
         return unpack_metadata(self.store.read(metadata_file(self.name(shard))))
 
     def records(self, shard: int) -> list[dict[str, Any]]:
-        """Read the same rows, to write them again: see `unpack_records`. Raises: NotFound."""
+        """Read the same rows in a form for writing them again: see `unpack_records`. Raises: NotFound."""
         return unpack_records(self.store.read(metadata_file(self.name(shard))))
 
     def images(self, shard: int, scratch: Path) -> Iterator[tuple[str, bytes]]:
@@ -94,7 +94,7 @@ class SavedRun:
         Little is read of other images. Raises: StoreError.
         """
         key, file_name = row["key"], str(row["file_name"])
-        if not is_within(file_name, TRAIN):  # rows are data, and may say anything
+        if not is_within(file_name, TRAIN):  # rows are not trusted
             return None
         try:
             data = dict(self.output_format.read_images(self.store, file_name, {key: row["bytes"]})).get(key, b"")
@@ -109,7 +109,7 @@ class SavedRun:
 
 @contextmanager
 def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
-    """Open a run, and hold its lease inside the block if it will be written.
+    """Open a run, and hold its lease inside the block if the block writes.
 
     Raises: JobError if there is no run; RunHeld if another driver has it.
     """
@@ -122,7 +122,7 @@ def opened_run(store: Store, *, to_write: bool) -> Iterator[SavedRun]:
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
-    """Read an object of JSON; None if it is not there, or damaged. Raises: StoreError."""
+    """Read a JSON object; None if it is missing or damaged. Raises: StoreError."""
     try:
         found = json.loads(store.read(key))
     except (NotFound, ValueError):

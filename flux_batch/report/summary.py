@@ -1,4 +1,4 @@
-"""The summary of a run: counts, rates, versions, and the exit code that a scheduler acts on."""
+"""The summary of a run: counts, rates, versions, and the exit code for schedulers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flux_batch.output.metadata import unpack_metadata
 from flux_batch.output.paths import FAILED, METADATA, TRAIN, failed_file
 from flux_batch.records import Commit, Kernels, ShardResult
 
-# Reasons of failures that are listed, and the length of an example in characters.
+# The number of failure reasons to list, and the length of an example in characters.
 _MAX_REASONS, _MAX_EXAMPLE = 5, 300
 _RUN_PACKAGES = ("flux-batch", "torch", "transformers", "ray", "pillow")
 
@@ -36,20 +36,20 @@ class RunReport:
     num_images: int  # requested images in committed shards, failed ones included
     num_failed: int
     num_new_images: int  # made by this invocation
-    num_workers: int  # that committed a shard in this invocation
+    num_workers: int  # workers that committed a shard in this invocation
     wall_s: float
     device_s: float
     max_failed_ratio: float
     failures: dict[str, int] = field(default_factory=dict)  # of all failed images, by error type
     images_per_s: float = 0.0  # of this invocation, from its first shard on
-    device_hours: float = 0.0  # hours that workers had their GPUs, or were there without one, over all invocations
+    device_hours: float = 0.0  # hours of workers with their GPUs, or of workers without GPU, over all invocations
     device_s_of_run: float = 0.0  # busy time of all pipelines, over all invocations
     num_gpus: float = 0.0  # of a worker
     model: dict[str, Any] = field(default_factory=dict)
     kernels: Kernels | None = None  # of the first worker
     versions: dict[str, str | None] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)  # the first image of each error type, and its reason
-    errors: tuple[str, ...] = ()  # of the first thousand shards that failed for good
+    errors: tuple[str, ...] = ()  # of the first thousand finally failed shards
 
     @property
     def is_complete(self) -> bool:
@@ -63,7 +63,7 @@ class RunReport:
 
     @property
     def exit_code(self) -> int:
-        """The exit code: 0 done; 1 shards failed for good; 3 finished, but more rows failed than allowed."""
+        """The exit code: 0 done; 1 shards finally failed; 3 finished, but more rows failed than allowed."""
         if not self.is_complete:
             return 1
         return 3 if self.failed_ratio > self.max_failed_ratio else 0
@@ -103,7 +103,7 @@ class RunReport:
 
 
 def report_rows(report: RunReport) -> list[tuple[str, str]]:
-    """Return what a finished run prints as rows of a table."""
+    """Return the result of a finished run as rows of a table."""
     reasons = failure_lines({"failures": report.failures, "examples": report.examples})
     rows = [
         ("run", report.line),
@@ -153,9 +153,9 @@ class Totals:
 
 
 def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, str]:
-    """Return the key and message of the first failed image of the commonest error types.
+    """Return key and message of the first failed image of the most frequent error types.
 
-    Those in `known` are left out, and those whose rows cannot be read.
+    Error types in `known`, and those whose rows cannot be read, are left out.
     """
     run = counts.commits.run
     first: dict[str, int] = {}
@@ -168,7 +168,7 @@ def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, 
             continue
         try:
             rows = unpack_metadata(run.store.read(failed_file(run.shard_name(first[error_type]))))
-        except (NotFound, ValueError, OSError):  # damaged, which `verify` finds: an example is not worth a run
+        except (NotFound, ValueError, OSError):  # damaged, which `verify` reports: the run must not fail
             continue
         row = next((each for each in rows if each["error_type"] == error_type), None)
         if row is not None:
@@ -177,7 +177,7 @@ def first_failures(counts: CommitLog, known: Collection[str] = ()) -> dict[str, 
 
 
 def failure_lines(figures: Mapping[str, Any]) -> list[str]:
-    """Return the commonest of `failures` as lines, each with its first image, from `examples`."""
+    """Return the most frequent `failures` as lines, each with its first image from `examples`."""
     lines = []
     for error_type, number in Counter(figures["failures"]).most_common(_MAX_REASONS):
         example = figures["examples"].get(error_type, "")[:_MAX_EXAMPLE]
@@ -186,12 +186,12 @@ def failure_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def installed_versions(packages: Iterable[str] = _RUN_PACKAGES) -> dict[str, str | None]:
-    """Return the versions of Python and of `packages`, which are not imported; None for a package that is missing."""
+    """Return the versions of Python and of `packages`, without importing these; None for a missing package."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     return versions | {name: _installed_version(name) for name in packages}
 
 
-@cache  # 10 ms each, and a process keeps what it has imported
+@cache  # takes 10 ms, and installed versions do not change for a running process
 def _installed_version(package: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)

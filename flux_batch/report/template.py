@@ -1,4 +1,4 @@
-"""Templates of HTML pages, which lie beside the code that fills them in."""
+"""Loading of HTML templates, which lie beside the code that fills them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 
 def load_template(folder: str, name: str, **filters: Callable[..., Any]) -> Template:
-    """Load a template of a folder of this package. A name in it that does not exist is an error when it is filled in.
+    """Load a template from a folder of this package. Filling it raises an error for an unknown name.
 
-    Values are escaped; `filters` are its functions, by their names in it.
+    Values are escaped. filters: functions for the template, by name.
     """
     environment = Environment(
         loader=PackageLoader(__package__, folder),

@@ -1,7 +1,7 @@
 """The verification of a run: every committed shard is read again and compared with its commit and the plan.
 
-Memory is bounded by the shards that are read at once, one image of each. `repair` reverts broken commits, under the
-lease of the run; `run` then makes the missing shards again.
+Memory is bounded by the number of shards read at once, with one image of each. `repair` reverts broken commits, under
+the lease of the run; `run` then makes the missing shards again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
 _SHARDS_AT_ONCE = 8
-# The first of thousands of problems tell what happened.
+# The number of problems to list: the first of thousands show what happened.
 _MAX_LISTED = 50
 
 _Item = TypeVar("_Item")
@@ -40,19 +40,19 @@ _Found = TypeVar("_Found")
 
 @dataclass(slots=True)
 class _Verdict:
-    """The counts of a run that was read, and its problems."""
+    """The counts of a verified run, and its problems."""
 
     output: str
     num_shards: int
     quick: bool
-    is_complete: bool = False  # _SUCCESS is there
+    is_complete: bool = False  # _SUCCESS exists
     num_committed: int = 0
     num_files: int = 0
     num_rows: int = 0
     num_images: int = 0
     num_failed: int = 0
     num_bytes: int = 0
-    num_annotations: int = 0  # files of them
+    num_annotations: int = 0  # files
     wall_s: float = 0.0
     leftovers: Counter[str] = field(default_factory=Counter)  # by kind
     problems: list[Problem] = field(default_factory=list)
@@ -60,7 +60,7 @@ class _Verdict:
 
     @property
     def broken(self) -> list[int]:
-        """The shards that do not hold what their commits promise, in order."""
+        """The shards that differ from their commits, in order."""
         return sorted({p.shard for p in self.problems if p.shard is not None and p.check in _BREAKING})
 
     @property
@@ -79,17 +79,17 @@ class _Verdict:
         self.problems += found.problems
 
 
-# Problems for which a commit is reverted; the others are mended beside it.
+# Problems for which a commit is reverted; other problems are repaired without that.
 _BREAKING: tuple[Check, ...] = ("commit", "files", "rows", "images")
 
 
 def verify(
     store: Store, *, quick: bool = False, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> _Verdict:
-    """Read every committed shard again and return what is wrong; changes nothing, and may run beside a run.
+    """Read every committed shard again and return the problems. Nothing is changed; a run may be active meanwhile.
 
-    `quick` compares the listed sizes with the log of commits, and reads commit and table of a shard that differs, or is
-    not in the log, or has a folder of images; no image. `on_progress` gets the number of shards read, and of all.
+    quick: read no images. Listed sizes are compared with the log of commits; commit and table are read only for a shard
+    that differs, is not in the log, or has a folder of images. on_progress: gets the numbers of shards read and of all.
     Raises: JobError if there is no run, StoreError.
 
     >>> verdict = verify(Store("out/done"))
@@ -113,15 +113,15 @@ def verify(
             verdict.add(found)
         on_progress(number, len(to_read))
     _check_annotations(run, verdict, commits)
-    verdict.is_complete &= store.exists(SUCCESS)  # removed first by who makes shards again
-    # While all of the shards are read, other files may come and go.
+    verdict.is_complete &= store.exists(SUCCESS)  # checked again: a command that reverts shards removes it first
+    # Checked last: while the shards are read, other files may appear and disappear.
     _check_whole(run, verdict, listing or Listing.of(run.folder, run.output_format, commits), is_logged)
     verdict.wall_s = time.monotonic() - started
     return verdict
 
 
 def _add_logged(run: SavedRun, verdict: _Verdict, listing: Listing) -> bytearray:
-    """Add the counts of shards whose files are those of the log. Returns: 1 for each, which need not be read."""
+    """Add the counts of shards whose files agree with the log. Returns: 1 for each, which need not be read."""
     log, _ = CommitLog.saved(run.commits)
     is_logged = logged_shards(run.folder, listing, log)
     for shard, num_bytes, num_images, num_failed in zip(
@@ -138,7 +138,7 @@ def _add_logged(run: SavedRun, verdict: _Verdict, listing: Listing) -> bytearray
 
 
 def repair(store: Store, verdict: _Verdict) -> list[int]:
-    """Revert the broken commits, and rebuild the failed rows beside the others; needs the lease.
+    """Revert the broken commits, and rebuild the copies of failed rows of other shards; needs the lease.
 
     Broken annotations are reverted too: `annotate` makes them again.
     Returns: the shards that `run` has to make again; their good images are kept.
@@ -211,7 +211,7 @@ def _check_annotations(run: SavedRun, verdict: _Verdict, shards: Container[int])
 
 
 def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> str:
-    """Return what is wrong with one file of annotations; empty if nothing is, or if they are made again meanwhile.
+    """Return the problem of an annotation file; "" if there is none, or if it is made again meanwhile.
 
     Raises: StoreError for an outage.
     """
@@ -222,7 +222,7 @@ def _annotation_problem(run: SavedRun, folder: AnnotationFolder, shard: int) -> 
 
 
 def _problem_of_file(run: SavedRun, folder: AnnotationFolder, shard: int, data: bytes, images: bytes) -> str:
-    """Return what is wrong with one file of annotations; `data` and `images` are the commits of both."""
+    """Return the problem of an annotation file. data, images: the commits of annotations and images."""
     path, metadata = folder.file(shard), metadata_file(run.name(shard))
     try:
         commit = parse_commit(data)
@@ -244,9 +244,9 @@ def _problem_of_file(run: SavedRun, folder: AnnotationFolder, shard: int, data: 
 
 
 def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: bytearray) -> None:
-    """Check what is not about one committed shard: missing shards, unknown ones, and files that no commit names.
+    """Check the run as a whole: missing shards, unknown shards, and files that no commit names.
 
-    is_logged: 1 for each shard whose files are those of the log of commits.
+    is_logged: 1 for each shard whose files agree with the log of commits.
     """
     numbers = (number_in(name, ".json") for name, size in listing.commits.others.items() if size is not None)
     for shard in sorted(number for number in numbers if number is not None and number >= run.num_shards):
@@ -255,7 +255,7 @@ def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: 
         )
     leftovers = list(find_leftovers(run.folder, listing, is_logged))
     missing = list(listing.commits.missing) if verdict.is_complete else []
-    # Those that were committed in the meantime.
+    # Commits that were written in the meantime.
     late = run.commits.listed() if missing or any(each.kind == "uncommitted" for each in leftovers) else ()
     if num_missing := sum(shard not in late for shard in missing):
         lacks = f"{count_of(num_missing, 'commit')} missing, though {SUCCESS} is there"
@@ -264,7 +264,7 @@ def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: 
         if leftover.kind == "uncommitted" and leftover.shard is not None and leftover.shard in late:
             continue
         verdict.leftovers[leftover.kind] += 1
-        # A run that is under way needs all of them but a stray one, or soon removes them itself.
+        # An active run needs all leftovers except stray files, or soon removes them itself.
         if leftover.kind == "stray" or verdict.is_complete:
             verdict.problems.append(
                 Problem("leftovers", f"{leftover.key}: {leftover.kind}; `flux-batch gc` removes it")
@@ -272,7 +272,7 @@ def _check_whole(run: SavedRun, verdict: _Verdict, listing: Listing, is_logged: 
 
 
 def _in_parallel(function: Callable[[_Item], _Found], shards: Iterable[_Item]) -> Iterator[_Found]:
-    """Yield the results in order, with few shards in the queue: a run may have hundreds of thousands."""
+    """Yield the results in order, with only a few shards queued: a run may have hundreds of thousands."""
     waiting = iter(shards)
     with ThreadPoolExecutor(_SHARDS_AT_ONCE, "verify") as pool:
         queue: list[Future[_Found]] = [pool.submit(function, one) for one in islice(waiting, 2 * _SHARDS_AT_ONCE)]

@@ -1,6 +1,6 @@
-"""The check of one committed shard: its commit, its metadata and its images, each compared with the others.
+"""The check of a committed shard: commit, metadata and images are compared with each other.
 
-Reads all of it again and changes nothing. A storage outage is not a problem of the shard: it is raised.
+Everything is read again, and nothing is changed. A storage outage is raised, not reported as a problem of the shard.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from flux_batch.output.paths import TRAIN, ShardFiles, failed_file, image_key, m
 from flux_batch.records import Commit, StoredFile
 from flux_batch.report.saved_run import SavedRun
 
-# Files of a shard that are fetched at once; most formats have two.
+# The number of files of a shard to fetch at once; most formats have two.
 _FILES_AT_ONCE = 8
 
-# The checks, in the order in which they are made.
+# The checks, in the order of their execution.
 Check = Literal["commit", "files", "rows", "images", "failed rows", "annotations", "leftovers"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong; `shard` is None if it is not about a single shard."""
+    """A problem of a run; `shard` is None if it does not concern a single shard."""
 
     check: Check
     text: str
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(slots=True)
 class ShardFindings:
-    """The counts of one shard that was read, and its problems."""
+    """The counts of a checked shard, and its problems."""
 
     shard: int
     num_files: int = 0
@@ -52,10 +52,10 @@ class ShardFindings:
 
 
 def check_shard(run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | None = None) -> ShardFindings | None:
-    """Check one shard; None if it is not committed, or no longer. One that is made again meanwhile is checked again.
+    """Check a shard; return None if it is not committed. A shard that is made again meanwhile is checked again.
 
-    `scratch` is a folder for copies of its files. With `listed`, the files in `train`, their sizes are compared, and no
-    image is read. Raises: StoreError.
+    scratch: a folder for copies of its files. listed: the files in `train`; if given, only their sizes are compared and
+    no image is read. Raises: StoreError.
     """
     key = run.commits.key(shard)
     data = run.store.find(key)
@@ -69,7 +69,7 @@ def check_shard(run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | N
 
 
 class _ShardCheck:
-    """The state of one check, shared by its steps."""
+    """The state of a check, shared by its steps."""
 
     def __init__(self, run: SavedRun, shard: int, scratch: Path, listed: ShardFiles | None) -> None:
         self._run = run
@@ -79,7 +79,7 @@ class _ShardCheck:
         self.findings = ShardFindings(shard)
 
     def check_commit(self, data: bytes) -> None:
-        """Check a commit, and the shard it stands for if it can be read."""
+        """Check a commit and, if it can be read, its shard."""
         try:
             commit = parse_commit(data)
         except ValueError as error:
@@ -101,7 +101,7 @@ class _ShardCheck:
             return
         self._check_rows(rows, commit)
         if any(problem.check == "rows" for problem in self.findings.problems):
-            return  # the other checks would only repeat it
+            return  # the other checks would only repeat this problem
         self._check_named(rows, files)
         self._check_failed(metadata.read_bytes())
         if self._listed is None and not any(problem.check == "files" for problem in self.findings.problems):
@@ -142,7 +142,7 @@ class _ShardCheck:
         return size == file.bytes
 
     def _size_by_path(self, listed: ShardFiles) -> Callable[[str], int | None]:
-        """Return a function from a path to its listed size; None if it is not there."""
+        """Return a function that returns the listed size of a path; None if it is missing."""
         if self._name in listed.others:  # a folder of single files
             folder = f"{TRAIN}/{self._name}"
             inside = self._run.store.children(folder)
@@ -157,7 +157,7 @@ class _ShardCheck:
             return None
 
     def _check_rows(self, rows: Sequence[Mapping[str, Any]], commit: Commit) -> None:
-        """Compare the metadata with the plan and the commit: each image of each row is there once, in order."""
+        """Compare the metadata with the plan and the commit: each image of each row must appear once, in order."""
         self.findings.num_rows = len(rows)
         self.findings.num_failed = sum(row.get("status") == "failed" for row in rows)
         self.findings.num_images = len(rows) - self.findings.num_failed
@@ -183,7 +183,7 @@ class _ShardCheck:
             )
 
     def _row_problem(self, row: Mapping[str, Any]) -> str:
-        """Return the problem within a row of the metadata; empty if there is none."""
+        """Return the problem of a row of the metadata; "" if there is none."""
         file_name = self._run.output_format.file_name(self._name, row["key"])
         if row.get("status") == "success":
             is_whole = row.get("sha256") and row.get("bytes") and row.get("file_name") == file_name
@@ -220,7 +220,7 @@ class _ShardCheck:
             self._add("failed rows", f"{path}: differs from the failed rows of the metadata")
 
     def _check_images(self, rows: Sequence[Mapping[str, Any]], local: Mapping[str, Path]) -> None:
-        """Check that each image is there once, is as recorded and can be decoded; and that nothing else is there."""
+        """Check that each image exists once, as recorded, and can be decoded; and that nothing else exists."""
         output_format = self._run.output_format
         suffix = output_format.suffix
         made = {f"{row['key']}.{suffix}": row for row in rows if row["status"] == "success"}

@@ -1,6 +1,6 @@
-"""The webhook: one short JSON object posted at the end of a run, for a chat room or a scheduler.
+"""The webhook: a short JSON object posted at the end of a run, for a chat room or a scheduler.
 
-Its address comes from the environment and not from the job file: that of a chat room is a secret.
+Its address comes from the environment and not from the job file, since the address of a chat room is a secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def webhook_address() -> str:
-    """Return the address in `FLUX_BATCH_WEBHOOK`; empty if it is not set."""
+    """Return the address in `FLUX_BATCH_WEBHOOK`; "" if it is not set."""
     return os.environ.get(_VARIABLE, "")
 
 
@@ -47,7 +47,7 @@ def post_to_webhook(address: str, text: str, exit_code: int, **facts: Any) -> No
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Handles a redirect as an error: its target would be sent a GET, without the body."""
+    """A handler that treats a redirect as an error: the target would get a GET without the body."""
 
     def redirect_request(self, *_: Any) -> None:
         """Follow no redirect."""

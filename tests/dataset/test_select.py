@@ -106,7 +106,7 @@ def test_columns_that_differ_in_large_letters_alone_are_told_apart(tmp_path: Pat
     assert chosen(run, where="Seed_ > 1 AND seed = 7")[1] == [1]
     assert chosen(run, where="ordinal_ = 'x'")[1] == [0, 1, 2]
     with pytest.raises(
-        JobError, match="write Seed_ for the column 'Seed', which an expression does not tell from 'seed'"
+        JobError, match="write Seed_ for the column 'Seed', since an expression cannot distinguish it from 'seed'"
     ):
         chosen(run, where="Seed > 1")
     with pytest.raises(JobError, match=r"write ordinal_ for the column 'ordinal', .* the order of the images"):
@@ -277,7 +277,7 @@ BAD = [
     ({"where": "true) FROM metadata; DROP TABLE metadata; --"}, "is no expression"),
     ({"where": "1 = 1) AS x, (key = '1'"}, "must be one expression"),
     ({"where": "(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"}, "must not have a SELECT"),
-    ({"where": "random() > 0.5"}, r"random\(\) is another one each time"),
+    ({"where": "random() > 0.5"}, r"random\(\) has another value each time"),
     ({"where": "prompt::INTEGER > 5"}, "cannot be computed: Could not convert"),
     ({"where": "error_type IS NULL"}, "Ambiguous"),
     ({"by": "similarity"}, "--by needs --top or --dedup"),

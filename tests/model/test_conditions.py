@@ -148,5 +148,5 @@ def test_channels_then_names_tell_the_variant(channels: int, name: str, hints: l
 
 
 def test_a_variant_that_the_channels_contradict_is_refused() -> None:
-    with pytest.raises(ValueError, match="said to be the variant depth, but by its channels it is fill"):
+    with pytest.raises(ValueError, match="the variant depth was given, but by its channels it is fill"):
         variant_of(replace(FLUX, in_channels=384), "depth")

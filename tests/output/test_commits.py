@@ -190,7 +190,7 @@ def test_a_worker_that_slept_while_its_shard_was_reverted_commits_nothing(tmp_pa
     commits = Commits(RunFolder(store, 1))
     publisher = Publisher(commits, attempt.layout, PASSTHROUGH, "host:1", clock=lambda: 3600.0 * len(slept))
 
-    with pytest.raises(FluxBatchError, match=r"was removed or replaced while this worker was held up"):
+    with pytest.raises(FluxBatchError, match=r"was removed or replaced while this worker was delayed"):
         publisher.publish(0, attempt.records, attempt.images, attempt.scratch)
 
     assert slept

@@ -155,7 +155,9 @@ def test_the_words_of_diffsynth(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(pipe("x", controlnet_inputs=[union, plain], **common), expected, atol=0, rtol=0)
     both = pipe(["x", "y"], controlnet_inputs=[union, plain], **common | {"seed": [3, 4]})
     torch.testing.assert_close(both[:1], expected, atol=1e-4, rtol=0)
-    with pytest.raises(InvalidSetting, match=r"controlnet_inputs: of the nets \[1, 1\]; give one for each net"):
+    with pytest.raises(
+        InvalidSetting, match=r"controlnet_inputs: controlnet_id = \[1, 1\]: give one input for each net"
+    ):
         pipe("x", controlnet_inputs=[union, union], **common)
 
 
@@ -238,7 +240,7 @@ def test_an_inpainting_net_reads_what_is_kept(base: Path, tmp_path: Path) -> Non
     [
         ({}, "control_image is missing: FLUX.1 with ControlNets needs control_image"),
         ({"control_image": [IMAGES[0]], "controlnet_conditioning_scale": [1.0, 2.0]}, "2 values for 1 control images"),
-        ({"control_image": IMAGES[0], "control_mode": 3}, "its ControlNet is no union net and has no modes"),
+        ({"control_image": IMAGES[0], "control_mode": 3}, "its ControlNet is not a union net and has no modes"),
         ({"control_image": IMAGES[0], "control_guidance_start": 0.9, "control_guidance_end": 0.2}, "the start before"),
         ({"control_image": IMAGES[0], "mask_image": IMAGES[0]}, "mask_image: needs an input_image to repaint"),
         ({"control_image": "edges.png"}, "control_image is a str: must be a PIL image"),

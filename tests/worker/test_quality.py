@@ -182,7 +182,7 @@ def test_plan_counts_the_tries(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("quality", "prompts", "sentence"),
     [
-        ({"score": "no", "at_least": 1}, {}, "no: is no annotator"),
+        ({"score": "no", "at_least": 1}, {}, "no: is not an annotator"),
         ({"score": "phash", "at_least": 1}, {}, "must be a column of numbers: it has none"),
         ({"score": "exposure.glare", "at_least": 1}, {}, "must be a column of numbers: mean_level, "),
         ({"score": "sharpness"}, {}, "quality.at_least: missing"),

@@ -23,7 +23,8 @@ _HALF_PRECISION = ("bfloat16", "float16")
 def peak_tflops(device_name: str | None, dtype: str) -> float | None:
     """Return the peak of a device for dense products in `dtype`, in TFLOP/s; None if it is not known.
 
-    Part of a device (MIG) or one of a laptop has none that its name tells, and fp32 depends on whether TF32 is allowed.
+    It is unknown for a part of a device (MIG) or a laptop's, whose names do not show it, and for fp32, which depends on
+    whether TF32 is allowed.
     """
     if device_name is None or dtype not in _HALF_PRECISION:
         return None
@@ -34,5 +35,5 @@ def peak_tflops(device_name: str | None, dtype: str) -> float | None:
 
 
 def utilisation(flops: float, seconds: float, peak: float | None) -> float | None:
-    """Return the share of the peak (TFLOP/s) that `flops` in `seconds` are; None without a peak."""
+    """Return `flops` in `seconds` as a share of the peak (TFLOP/s); None without a peak."""
     return None if peak is None else flops / seconds / (peak * 1e12)

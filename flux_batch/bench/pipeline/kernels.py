@@ -1,4 +1,4 @@
-"""The benchmark of single kernels: attention, products in fp8, the decoder; each beside what could run instead."""
+"""The benchmark of single kernels: attention, products in fp8, the decoder; each with its alternatives."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from flux_batch.sampling_params import num_image_tokens
 
 _Function = Callable[[], Any]
 _TEXT_TOKENS = 512
-# A size whose tokens, with those of a text, are no multiple of 128.
+# A size whose number of tokens, with those of a text, is not a multiple of 128.
 _ODD_SIZE = (1152, 896)
 
 
 def bench_kernels(
     size: SizeName, device: torch.device, dtype: torch.dtype, *, side: int, repeats: int, compiled: bool = True
 ) -> dict[str, Any]:
-    """Measure the kernels of a model of a size. compiled: also measure what torch.compile makes of them."""
+    """Measure the kernels of a model of a size. compiled: also measure them with torch.compile."""
     params = SIZES[size].transformer
     with torch.inference_mode():
         return {
@@ -64,7 +64,7 @@ def _attention(
         "torch": partial(attend, plain, TORCH_ATTENTION),
     }
     if compiled:
-        set_compile_options(kernels)  # else code that was compiled with other kernels could come from torch's cache
+        set_compile_options(kernels)  # code compiled with other kernels must not come from torch's cache
         runs["compiled"] = partial(attend, torch.compile(lambda *qkv: plain(*qkv)), kernels)
     ran = {name: _kernels_of(run, device) for name, run in runs.items() if name != "torch"}
     if compiled:
@@ -94,7 +94,7 @@ def _random_qkv(
 
 
 def _kernels_of(run: _Function, device: torch.device) -> list[str]:
-    """Return the kernels that a function launches on a GPU, by their time; [] on a CPU."""
+    """Return the kernels that a function launches on a GPU, sorted by time; [] on a CPU."""
     run()
     if device.type != "cuda":
         return []
@@ -106,7 +106,7 @@ def _kernels_of(run: _Function, device: torch.device) -> list[str]:
 
 
 def _products(params: FluxParams, device: torch.device, side: int, repeats: int) -> dict[str, Any]:
-    """Return the milliseconds of the two products of a single block: in bfloat16, and in fp8 by both sums."""
+    """Return the milliseconds of a single block's two products: in bfloat16, and in fp8 with both accumulations."""
     if obstacle := fp8_matmul_obstacle(device):
         return {"obstacle": obstacle}
     rows = num_image_tokens(side, side) + _TEXT_TOKENS

@@ -1,4 +1,4 @@
-"""The benchmark of lossy modes: seconds, distance from the exact images, facts of captions that still hold."""
+"""The benchmark of lossy modes: seconds, difference from the exact images, facts of captions that still hold."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ _MODES: tuple[Mode, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class _ModeImages:
-    """The images of a mode, and the seconds an image."""
+    """The images of a mode, and the seconds for each image."""
 
     images: list[Any]  # PIL
     seconds: float
 
 
 def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mode] = _MODES) -> dict[str, Any]:
-    """Make the same images in every mode, and compare the others with the first.
+    """Make the same images in every mode, and compare the other modes with the first.
 
     The prompts are captions of the demo's world, so that images can be read back, unless the weights are random. A mode
-    that the model or the device lacks is left out, with the reason. Raises: CheckpointError.
+    that the model or the device does not support is left out, with the reason. Raises: CheckpointError.
     """
-    source = replace(source, dtype=source.dtype_name)  # one for all modes
+    source = replace(source, dtype=source.dtype_name)  # the same dtype for all modes
     held_out = list(captions(num_images, SCORED_SEED, held_out=True))
     results: dict[Mode, _ModeImages] = {}
     missing: dict[Mode, str] = {}
@@ -69,7 +69,7 @@ def bench_lossy(source: Source, call: Call, num_images: int, modes: Sequence[Mod
             results |= _images_of(replace(source, quantization=quantization), same_model, held_out, call)
         except InvalidSetting as error:
             missing |= dict.fromkeys(same_model, str(error))
-        gc.collect()  # a device may have no room for two models, and a pipeline refers to itself
+        gc.collect()  # a pipeline has reference cycles, and a device may have no room for two models
     exact = results[modes[0]]
     reads = None if source.random_weights else held_out
     return {

@@ -1,8 +1,8 @@
-"""The kernels that torch.compile makes of FLUX.1's blocks for an H100, counted without one.
+"""The number of kernels in FLUX.1's compiled blocks for an H100, counted without one.
 
-Blocks are lowered to Triton's source and no further: nothing is compiled or run. Inductor asks the device for its
-properties, and torch for CPUs knows none: both are told of an H100. Needs the package triton. Rests on names that are
-private to torch 2.13.
+Blocks are lowered to Triton's source only: nothing is compiled or run. Inductor asks for the device's properties, which
+torch for CPUs does not have, so both get those of an H100. It needs the package triton, and uses private names of
+torch 2.13.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CUDA = torch.device("cuda")
 # How inductor names the kernels it writes: torch/_inductor/codegen/triton.py.
 _KINDS = {"poi": "elementwise", "red": "reductions", "per": "reductions of short rows"}
 _TEXT_TOKENS, _IMAGE_TOKENS = 512, 4096
-# What inductor asks of an H100: https://docs.nvidia.com/cuda/hopper-tuning-guide/
+# The properties of an H100 that inductor asks for: https://docs.nvidia.com/cuda/hopper-tuning-guide/
 _H100 = SimpleNamespace(
     name="H100",
     major=9,
@@ -51,7 +51,7 @@ _H100 = SimpleNamespace(
 
 
 def bench_lowering() -> dict[str, Any]:
-    """Count the kernels of a double and a single block in bfloat16 and fp8. Raises: JobError if it cannot be done."""
+    """Count the kernels of a double and a single block in bfloat16 and fp8. Raises: JobError if it is impossible."""
     if importlib.util.find_spec("triton") is None:
         raise JobError("bench lowering: triton is not installed; pip install triton")
     try:
@@ -67,7 +67,7 @@ def bench_lowering() -> dict[str, Any]:
 
 
 def format_lowering(figures: dict[str, Any]) -> str:
-    """Return the counts as a table, by the kinds that inductor has; the names are in the figures."""
+    """Return the counts as a table, by inductor's kinds; the names of kernels are in the figures."""
     rows = []
     for name, found in figures["blocks"].items():
         counts = (sum(each.startswith(f"triton_{kind}_") for each in found["triton"]) for kind in _KINDS)
@@ -77,7 +77,7 @@ def format_lowering(figures: dict[str, Any]) -> str:
 
 def _kernels_of(kind: str, fp8: bool) -> dict[str, list[str]]:
     """Return the kernels and library calls of a block of FLUX.1-dev's size, in order."""
-    block = _block(kind, fp8)  # before the mode begins, in which no module changes its dtype
+    block = _block(kind, fp8)  # built before the mode, in which modules cannot change their dtype
     with _h100(), NoDevice(allow_non_fake_inputs=True) as mode:
         _move(block)
         source = _lowered(*_call(block), mode)
@@ -88,7 +88,7 @@ def _kernels_of(kind: str, fp8: bool) -> dict[str, list[str]]:
 
 
 def _block(kind: str, fp8: bool) -> nn.Module:
-    """Return a block without numbers, in the dtype that is asked for."""
+    """Return a block without numbers, in bfloat16 or with fp8 matrices."""
     params = SIZES["dev"].transformer
     with torch.device("meta"):
         sizes = params.hidden_size, params.num_heads, params.mlp_hidden_dim
@@ -100,7 +100,7 @@ def _block(kind: str, fp8: bool) -> nn.Module:
 
 
 def _move(block: nn.Module) -> None:
-    """Put a block on the absent device, as a pipeline compiles it there."""
+    """Move a block to the simulated device, prepared as a pipeline compiles it there."""
     for module in block.modules():
         for name, value in module.named_parameters(recurse=False):
             on_device = torch.empty(value.shape, dtype=value.dtype, device=_CUDA)

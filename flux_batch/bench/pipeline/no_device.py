@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: tensors on it have a shape, a dtype and a layout, and no numbers."""
+"""A simulated CUDA device: tensors on it have a shape, a dtype and a layout, but no numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.cpp_extension import include_paths
 
-# torch for CPUs knows no way to enter a CUDA device, and enters one before it copies or indexes.
+# torch for CPUs cannot enter a CUDA device, but has to before it copies or indexes; this guard does nothing.
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>;
@@ -27,9 +27,9 @@ class NoDevice(FakeTensorMode):  # type: ignore[no-untyped-call]  # its base cla
 
 
 def register_guard() -> None:
-    """Make this process able to enter a CUDA device that is not there.
+    """Enable this process to enter the simulated CUDA device.
 
-    Raises: RuntimeError with a torch that is built for a GPU, or without a C++ compiler.
+    Raises: RuntimeError if torch is built for a GPU, or without a C++ compiler.
     """
     if torch.version.cuda is not None or torch.version.hip is not None:
         raise RuntimeError("this torch is built for a GPU, where a torch for CPUs is needed")

@@ -49,7 +49,7 @@ class Peer:
         """Build diffusers' pipeline from the kept weights and those of our text encoders."""
         assert self._states is not None
         transformer, autoencoder = self._states
-        # Ours decodes in float32 where the model is float16; diffusers decodes in the dtype of the latents.
+        # In a float16 model our autoencoder is float32; diffusers decodes in the dtype of the latents.
         autoencoder = {name: tensor.to(pipeline.torch_dtype) for name, tensor in autoencoder.items()}
         self._pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(**scheduler_config(pipeline.schedule)),
@@ -103,7 +103,7 @@ def _t5(model: T5Model) -> T5EncoderModel:
 
 
 def _loaded(kind: Any, config: Mapping[str, Any], state: _State) -> Any:
-    """Return a model of these libraries that holds existing tensors, copied only if not contiguous."""
+    """Return a model of diffusers or transformers with existing tensors, copied only if not contiguous."""
     with torch.device("meta"):
         model = kind(**config)
     model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)

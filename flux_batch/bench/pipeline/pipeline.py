@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 _PROMPT = "a large red circle left of a small blue square, on a yellow ground"
 GUIDANCE = 3.5
-# Stages wait for the device, so that whole calls are measured apart; few calls are enough for the shares.
+# Timed stages wait for the device, so whole calls are measured separately; few calls are enough for the shares.
 _STAGE_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """The call that is measured: pixels, steps, images a call, text tokens (None: the model's own number)."""
+    """The measured call: pixels, steps, images in a call, text tokens (None: the model's own number)."""
 
     width: int = 1024
     height: int = 1024
@@ -71,14 +71,14 @@ def bench_pipeline(
     against: Sequence[str] = (),
     peak: float | None = None,
 ) -> dict[str, Any]:
-    """Measure calls one after the other; `peak` is that of the device in TFLOP/s, None to look it up.
+    """Measure calls one after the other. peak: of the device in TFLOP/s; None looks it up.
 
     Raises: JobError if a peer is not installed; InvalidSetting, CheckpointError.
     """
     peers = find_peers(against)
     manager = source.load()
     for peer in peers:
-        peer.keep(manager)  # before the pipeline may change their layout
+        peer.keep(manager)  # before the pipeline changes the layout of weights
     pipeline = source.assemble(manager)
     length = call.t5_sequence_length or pipeline.default_t5_sequence_length
 
@@ -123,7 +123,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
     """Return the peers by name. Raises: JobError if diffusers is not installed."""
     if not names:
         return []
-    transformers_logging.set_verbosity_error()  # of diffusers' imports, which would like to have torchvision
+    transformers_logging.set_verbosity_error()  # diffusers' imports warn of a missing torchvision
     try:
         from flux_batch.bench.pipeline.peer import Peer
     except ImportError as error:
@@ -134,7 +134,7 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
 
 
 def _measure_stages(pipeline: FluxImagePipeline, call: Call, repeats: int) -> dict[str, Figures]:
-    """Return the seconds an image by stage. That of its PNG file is not part of the call."""
+    """Return the seconds for each image by stage. Encoding the PNG file is a stage outside the call."""
     taken: dict[str, list[float]] = {stage: [] for stage in STAGES}
     images: Sequence[Any] = []
     for repeat in range(min(repeats, _STAGE_REPEATS)):

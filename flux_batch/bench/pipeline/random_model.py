@@ -1,4 +1,4 @@
-"""Models of known sizes with random weights, drawn on the device: for measurements without a download."""
+"""Models of known sizes with random weights, for measurements without a download."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ SIZES: Mapping[str, _Size] = {
 
 
 class _RandomState(StoredState):
-    """A state dict that draws each tensor when it is read."""
+    """A state dict that draws each tensor on access."""
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device, wide: frozenset[str]
@@ -131,7 +131,7 @@ def random_manager(
 ) -> ModelManager:
     """Return a manager with all parts of a model of a size; the tokenizers are those of the demo model.
 
-    Raises: InvalidSetting as ModelManager.
+    Raises: InvalidSetting, like ModelManager.
     """
     size, manager = SIZES[name], ModelManager(dtype, device, quantization=quantization)
     with torch.device("meta"):
@@ -152,13 +152,13 @@ def random_autoencoder(name: str, dtype: torch.dtype, device: torch.device) -> A
     """Return the autoencoder of a model of a size with random weights."""
     with torch.device("meta"):
         autoencoder = AutoEncoder(SIZES[name].autoencoder)
-    # As in load_autoencoder: in float16 it overflows.
+    # float32 in place of float16, as in load_autoencoder: it overflows in float16.
     filled: AutoEncoder = _filled(autoencoder, torch.float32 if dtype == torch.float16 else dtype, device)
     return for_device(filled, device)
 
 
 def random_clip(size: _Size, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
-    """Return CLIP's text half with random weights."""
+    """Return CLIP's text encoder with random weights."""
     with torch.device("meta"):
         model = ClipModel(ClipParams(**size.clip, hidden_size=size.transformer.vec_in_dim))
     tokenizer = load_tokenizer(CLIPTokenizer, demo_model_folder(), "tokenizer")
@@ -176,6 +176,6 @@ def random_t5(size: _Size, dtype: torch.dtype, device: torch.device, quantizatio
 def _filled(model: Any, dtype: torch.dtype, device: torch.device, prepare: Any = None) -> Any:
     """Return a module on meta with random weights, drawn one tensor after another."""
     shapes = {name: tensor.shape for name, tensor in nn.Module.state_dict(model).items()}
-    # As in load_t5: in float16 it overflows there.
+    # These matrices stay float32, as in load_t5: they overflow in float16.
     wide = {name for name in shapes if name.endswith(".DenseReluDense.wo.weight")} if dtype == torch.float16 else set()
     return load_weights(model, _RandomState(shapes, dtype, device, frozenset(wide)), prepare)

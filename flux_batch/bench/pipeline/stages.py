@@ -10,7 +10,7 @@ from typing import Any
 from flux_batch.bench.machine import synchronize
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
-# The part and the name of each timed method, and its stage; the time of timed methods in it counts to theirs.
+# The part and the name of each timed method, and its stage; nested timed methods count to their own stage.
 _METHODS: tuple[tuple[str, str, str], ...] = (
     ("texts", "warn_of_cut", "tokenise"),
     ("texts", "encode", "tokenise"),
@@ -19,7 +19,7 @@ _METHODS: tuple[tuple[str, str, str], ...] = (
     ("", "make_latents", "denoise"),
     ("latents", "decode", "VAE"),
 )
-# The rest of the call: the check for numbers that are not finite, rounding, the copy to the host.
+# The stage of the rest of a call: the check for NaN and infinity, rounding, the copy to the host.
 _REST = "uint8"
 STAGES = ("tokenise", "CLIP", "T5", "denoise", "VAE", _REST)
 
@@ -34,7 +34,7 @@ class StageClock:
         self._inner: list[float] = []  # for each running method: the seconds of timed methods in it
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function whose time counts to `stage`, without that of timed functions in it."""
+        """Return a function whose time counts to `stage`, without the time of nested timed functions."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             synchronize(self._device)

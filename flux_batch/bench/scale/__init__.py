@@ -1,1 +1,1 @@
-"""Benchmarks of what grows with a run: its plan, its state, its driver, its requests."""
+"""Benchmarks of the parts that grow with a run: its plan, its state, its driver, its requests."""

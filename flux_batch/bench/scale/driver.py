@@ -16,9 +16,9 @@ from flux_batch.engine.stop import Stop
 from flux_batch.plan.shards import Shards
 from flux_batch.telemetry import EngineState
 
-# Seconds of real workers: a shard, its end on the second thread, the model.
+# Seconds of real workers: making a shard, finishing it on the second thread, loading the model.
 _SHARD_S, _FINISH_S, _OPEN_S = 300.0, 10.0, 60.0
-# Seconds after which a second worker begins a slow shard at the end, as in a job.
+# Seconds after which a second worker starts a slow shard at the end, as in a job.
 _SLOW_S = RayPool.slow_s
 _ROWS_A_SHARD = 256
 _LAST = 0.01
@@ -36,8 +36,8 @@ def bench_driver(
 ) -> dict[str, Any]:
     """Measure the driver of each number of workers.
 
-    speedup: how many times as fast as real ones they work. in_order: make the shards in the order of the plan, as
-    where rows do not tell their work, and not the largest first.
+    speedup: of simulated workers over real ones. in_order: run the shards in the order of the plan, as if rows did not
+    show their work, not the largest first.
     """
     timing = Timing(
         shard_s=_SHARD_S / speedup,
@@ -82,7 +82,7 @@ def _line(run: dict[str, Any]) -> str:
 
 
 def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float) -> dict[str, Any]:
-    """Run all shards. Workers count as busy from the first answer of one to the moment when no shard waits."""
+    """Run all shards. The busy share counts from the first answer of a worker until no shard is waiting."""
     cluster = SimulatedCluster(timing)
     pool = Pool(RayPool(num_workers, slow_s=slow_s), cluster, shards, Stop(), EngineState(), lambda **gauges: None)
     before = memory_bytes()
@@ -114,7 +114,7 @@ def _run(num_workers: int, shards: Sequence[Any], timing: Timing, slow_s: float)
 
 
 def one_file(number: int, rows_a_shard: int) -> Shards:
-    """Return the shards of a plan of one file."""
+    """Return the shards of a plan with one file."""
     numbers = pa.array(range(number), pa.int32())
     columns = {
         "shard": numbers,

@@ -1,4 +1,4 @@
-"""The benchmark of a run of many commits: opening it with and without their log, looking at it, closing it."""
+"""The benchmark of a run with many commits: opening it with and without their log, its status, closing it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from flux_batch.storage.store import Store
 
 _IMAGES_A_SHARD = 256
 _FAILED_EVERY = 100
-# Images and tables are links to a file of so many bytes that takes no room; a file has 65,000 names at most (ext4).
+# Images and tables are hard links to a sparse file of this size; a file has at most 65,000 links (ext4).
 _FILE_BYTES, _LINKS = 10**6, 20_000
 
 
 def bench_resume(num_commits: int) -> dict[str, Any]:
-    """Measure a whole run on this disk, whose images and tables hold nothing."""
+    """Measure a whole run on this disk, with empty images and tables."""
     with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
         store = Store(folder)
         commits = Commits(RunFolder(store, num_commits))
@@ -92,7 +92,7 @@ def _verify(store: Store) -> None:
 
 
 def _write_run(folder: Path, run: RunFolder) -> None:
-    """Write a run as it is left, without waiting for the disk; tables and images hold nothing."""
+    """Write the output of a run with empty tables and images. It does not wait for the disk."""
     for name in (COMMITS, FAILED, METADATA, TRAIN):
         (folder / name).mkdir(parents=True)
     config = JobConfig.from_dict(

@@ -1,7 +1,7 @@
-"""A cluster of workers that only take time, of its own: the driver's work counts, its waiting does not.
+"""A simulated cluster whose workers only take simulated time: the driver's work counts, its waiting does not.
 
-The clock shows the processor time of this process, and jumps to the next answer when the driver waits for one. A driver
-that is too slow for its workers thus leaves them idle, as it would on a real cluster.
+The clock shows the processor time of this process, and jumps to the next answer when the driver waits for one. So a
+driver that is too slow for its workers leaves them idle, as on a real cluster.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _STOPPED = Failure("stopped", "put aside")
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The seconds that things take on a simulated cluster.
+    """The durations on a simulated cluster, in seconds.
 
-    Shards take `shard_s` on average, the longest `spread` times as long as the shortest; a `slow_share` of the workers
-    takes `slow_factor` times as long for each.
+    Shards take `shard_s` on average, the longest `spread` times as long as the shortest. A share `slow_share` of the
+    workers takes `slow_factor` times as long for each shard.
     """
 
     shard_s: float
@@ -39,7 +39,7 @@ class Timing:
     slow_factor: float = 1.0
 
     def seconds(self, shard: int) -> float:
-        """Return the seconds that a shard takes, drawn from its number: the logarithms are spread evenly."""
+        """Return the seconds of a shard, drawn from its number; the logarithms are uniformly distributed."""
         if self.spread == 1:
             return self.shard_s
         mean = (self.spread - 1) / math.log(self.spread)
@@ -54,7 +54,7 @@ class SimulatedCluster:
         self.node = "head"
         self.workers: list[SimulatedWorker] = []
         self.num_answers = 0
-        self.making: dict[int, SimulatedWorker] = {}  # the worker that began a shard last, by its number
+        self.making: dict[int, SimulatedWorker] = {}  # the last worker that began each shard
         self._skipped_s = -time.process_time()
         self._waited_s = 0.0
         self._numbers = itertools.count()
@@ -70,7 +70,7 @@ class SimulatedCluster:
         return time.process_time() + self._skipped_s
 
     def answer(self, call: Future[Any], after_s: float, answer: Any) -> None:
-        """Answer a call after some seconds, unless it is answered before."""
+        """Answer a call after some seconds, unless it has an answer by then."""
         heappush(self._coming, (self.clock() + after_s, next(self._numbers), call, answer))
 
     def start_actor(self) -> SimulatedWorker:
@@ -79,7 +79,7 @@ class SimulatedCluster:
         return self.workers[-1]
 
     def call(self, method: Any, *arguments: Any) -> Future[Any]:
-        """Call a method of a worker, whose answer comes when it is time."""
+        """Call a method of a worker; its answer comes at its simulated time."""
         call = Future[Any]()
         method(call, *arguments)
         return call
@@ -87,7 +87,7 @@ class SimulatedCluster:
     ask = call
 
     def wait(self, timeout_s: float) -> list[Future[Any]]:
-        """Wait until a call is answered: jump there, or over the whole time."""
+        """Wait until a call is answered: the clock jumps to the answer or to the end of the timeout."""
         until = self.clock() + timeout_s
         skipped_s = max(0.0, min(until, self._coming[0][0] if self._coming else until) - self.clock())
         self._skipped_s += skipped_s
@@ -117,12 +117,12 @@ class SimulatedCluster:
         return set()
 
     def resources(self) -> Mapping[str, float]:
-        """Return how much of each resource there is."""
+        """Return the amount of each resource."""
         return {"GPU": len(self.workers), "CPU": len(self.workers)}
 
 
 class SimulatedWorker:
-    """An actor that makes one shard and finishes others, in no more than time; `busy_s` is that of making."""
+    """An actor that makes one shard and finishes others, which only takes time. busy_s: the time of making."""
 
     def __init__(self, cluster: SimulatedCluster, number: int) -> None:
         timing = cluster.timing
@@ -136,11 +136,11 @@ class SimulatedWorker:
         self._finished_at = 0.0
 
     def open(self, call: Future[Any], after_s: float) -> None:
-        """Load the model; processes that begin in turn are not simulated."""
+        """Load the model; starting processes in turn is not simulated."""
         self.cluster.answer(call, self.cluster.timing.open_s, None)
 
     def make(self, call: Future[Any], shard: Shard, attempt: Attempt) -> None:
-        """Make a shard; what another has not made of it yet, if that began it: the two meet, and end together."""
+        """Make a shard. If another worker has begun it, the two share the rest and end together."""
         other = self.cluster.making.get(shard.index)
         self.cluster.making[shard.index] = self
         seconds = self.cluster.timing.seconds(shard.index) * self._pace
@@ -156,13 +156,13 @@ class SimulatedWorker:
         return max(0.0, self._made_at - self.cluster.clock())
 
     def _make_until(self, after_s: float) -> None:
-        """Set the end of the shard in hand, in seconds from now."""
+        """Set the end of the current shard, in seconds from now."""
         self.busy_s += after_s - self.left_s
         self._made_at = self.cluster.clock() + after_s
         self.cluster.answer(self._making, after_s, None)
 
     def finish(self, call: Future[Any], index: int) -> None:
-        """Finish a shard, after those before."""
+        """Finish a shard, after the earlier ones."""
         self.cluster.making.pop(index, None)
         now = self.cluster.clock()
         self._finished_at = max(now, self._finished_at) + self.cluster.timing.finish_s
@@ -170,18 +170,18 @@ class SimulatedWorker:
         self.cluster.answer(call, self._finished_at - now, result)
 
     def stop(self, call: Future[Any]) -> None:
-        """Put the shard in hand aside."""
+        """Stop the current shard."""
         self.cluster.answer(self._making, 0.0, _STOPPED)
         self.cluster.answer(call, 0.0, None)
         self.end()
 
     def end(self) -> None:
-        """Be busy no more."""
+        """End the busy time."""
         self.busy_s = self.busy_until(self.cluster.clock())
         self._made_at = 0.0
 
     def busy_until(self, now: float) -> float:
-        """Return the seconds of making, up to now."""
+        """Return the seconds of making until now."""
         return self.busy_s - max(0.0, self._made_at - now)
 
     def node_id(self, call: Future[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of requests: what a shard, a further batch and the lease ask of a store of the S3 kind."""
+"""The benchmark of requests to an S3-compatible store: of a shard, of a further batch and of the lease."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from flux_batch.storage.store import Store
 
 _SIDE, _BATCH, _MOST_BATCHES = 16, 2, 4
 _TTL_S = 60.0
-# The logger of the client of S3, and how its line on a request begins.
+# The logger of the S3 client, and the start of its line about a request.
 _CLIENT, _REQUEST = "botocore.endpoint", "Making request for"
 
 
 def bench_store(uri: str, storage_options: Mapping[str, Any], num_shards: int) -> dict[str, Any]:
-    """Count the requests of runs in new folders under `uri`, which are deleted again.
+    """Count the requests of runs in new folders under `uri`, which are deleted afterwards.
 
-    Their images are ready at once.
+    The images of these runs take no time.
     """
     if not uri.startswith(("s3://", "s3a://")):
         raise JobError(f"--output {uri}: requests are counted on a store of the S3 kind, as s3://bucket/folder")
@@ -65,7 +65,7 @@ def format_store(figures: dict[str, Any]) -> str:
 
 
 class _ReadyPipeline:
-    """A pipeline whose images are the same for all, and ready."""
+    """A pipeline that returns the same finished image for every prompt."""
 
     default_t5_sequence_length = 512
     default_guidance = 3.5
@@ -88,12 +88,12 @@ class _ReadyPipeline:
         return (), ()
 
     def truncations(self, prompts: Sequence[str], t5_sequence_length: int | None = None) -> list[tuple[bool, bool]]:
-        """Return that no prompt is cut."""
+        """Return False for every prompt: none is truncated."""
         return [(False, False)] * len(prompts)
 
 
 def _requests_of_run(uri: str, options: Mapping[str, Any], num_shards: int, batches: int) -> Counter[str]:
-    """Count the requests of a whole run, by their operation."""
+    """Count the requests of a whole run by operation."""
     output = f"{uri.rstrip('/')}/{uuid.uuid4().hex}"
     shard_size = _BATCH * batches
     with tempfile.TemporaryDirectory(prefix="flux-batch-bench-") as folder:
@@ -116,7 +116,7 @@ def _requests_of_run(uri: str, options: Mapping[str, Any], num_shards: int, batc
 
 
 def _requests_of_lease(uri: str, options: Mapping[str, Any]) -> float:
-    """Count the requests of a lease in a minute, by a clock of its own."""
+    """Count the requests of a lease in a minute of a simulated clock."""
     store = Store(f"{uri.rstrip('/')}/{uuid.uuid4().hex}", options)
     now = 0.0
     lease = Lease(store, ttl_s=_TTL_S, clock=lambda: now)
@@ -135,7 +135,7 @@ def _requests_of_lease(uri: str, options: Mapping[str, Any]) -> float:
 def _counted(but: tuple[str, ...] = ()) -> Iterator[Counter[str]]:
     """Count the requests of this process to S3, by the log of its client.
 
-    but: keys and folders that are left out: those that are written now and then, however much is done meanwhile.
+    but: keys and folders that do not count, since they are written at an interval, whatever the work.
     """
     counts: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""The benchmark of a cold start: many workers of many nodes load one model from a storage that is simulated."""
+"""The benchmark of a cold start: many workers on many nodes load one model from a simulated storage."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FILE_BYTES = 1000
 
 
 def bench_weights(num_workers: int, num_nodes: int, *, num_files: int, request_s: float) -> dict[str, Any]:
-    """Count the requests of workers, a thread each; the first node is refused.
+    """Count the requests of workers, each a thread; the storage refuses the first node.
 
-    They begin as those of a run do, whose code they run, from the lock of a node to its copy. Simulated are nodes, each
-    a folder of its own, and the storage, which takes `request_s` for a request and has files of one range.
+    Workers run the code of a real run, from the node's lock to its copy. Nodes are simulated by a folder each; the
+    simulated storage takes `request_s` for a request, and its files have one range.
     """
     storage = _Storage(num_files, request_s)
     spread_s = (num_workers - 1) / STARTS_PER_S
@@ -86,7 +86,7 @@ class _Storage:
 
     @contextmanager
     def asked(self, node: int) -> Iterator[None]:
-        """Run the block as one request of a node, which takes its time."""
+        """Run the block as one request of a node, which takes `request_s`."""
         with self._lock:
             self.requests[node] += 1
             self.seconds[int(time.monotonic())] += 1
@@ -101,7 +101,7 @@ class _Storage:
 
 
 class _Node:
-    """The storage as the workers of one node ask it; a file system as far as a download needs one."""
+    """The storage seen from one node, with the file system methods that downloads need."""
 
     protocol = "simulated"
 
@@ -123,7 +123,7 @@ class _Node:
 
 
 def _load(storage: _Storage, folder: Path, node: int, after_s: float) -> bool:
-    """Load the weights as a worker does. Returns: whether they came."""
+    """Load the weights like a worker. Returns: whether it succeeded."""
     time.sleep(after_s)
     try:
         local_copy(folder / f"node-{node}", _Node(storage, node).listing)

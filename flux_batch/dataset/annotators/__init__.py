@@ -1,1 +1,1 @@
-"""The annotators in the package, and how one of yours is found, opened and called."""
+"""The built-in annotators, and the loading and calling of a user's own."""

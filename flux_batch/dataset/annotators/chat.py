@@ -1,4 +1,4 @@
-"""Requests to a vision model behind an OpenAI-compatible address: retries, tokens, answers by JSON schema."""
+"""Requests to a vision model with an OpenAI-compatible API: retries, tokens, answers by JSON schema."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _OPENAI = "https://api.openai.com/v1"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _JPEG_QUALITY = 90
 _MAX_QUOTED = 200
-# Answers that a repetition does not change, whatever the image.
+# Answers that a retry does not change, for any image.
 _REFUSALS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND}
 _PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class BadAnswer(FluxBatchError):
-    """A vision model gave no answer of the kind that was asked for."""
+    """A vision model gave no answer of the requested kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The text of an answer, and the tokens of all requests that it took."""
+    """The text of an answer, and the tokens of all its requests."""
 
     text: str
     prompt_tokens: int
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """A vision model. `url` is the address before `/chat/completions`; the key is in the variable `key_variable`."""
+    """A vision model. url: the address without `/chat/completions`; key_variable: the variable with the API key."""
 
     model: str
     url: str = ""
@@ -59,7 +59,7 @@ class Chat:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def ask(self, image: Image.Image, question: str) -> Answer:
-        """Return the answer to a question about an image; with a schema, one that is JSON.
+        """Return the answer to a question about an image; with a schema, the answer is JSON.
 
         Raises: JobError if the address refuses the key or the model; StoreError if it does not answer; BadAnswer.
         """
@@ -105,7 +105,7 @@ class Chat:
         return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
     def _request(self, body: bytes) -> dict[str, Any] | _Pause:
-        """Return the answer to one request, or how long to wait for the next."""
+        """Return the answer to one request, or the pause before the next one."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -133,14 +133,14 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class _Pause:
-    """The reason to ask again, and the seconds to wait first; 0 if the server did not say."""
+    """The reason to ask again, and the seconds to wait before; 0 if the server named none."""
 
     reason: str
     seconds: float = 0.0
 
 
 def _quoted(data: bytes) -> str:
-    """Return the beginning of a server's words as one line."""
+    """Return the beginning of a server's answer as one line."""
     return " ".join(data.decode(errors="replace").split())[:_MAX_QUOTED]
 
 

@@ -1,4 +1,4 @@
-"""The call of an annotator that nobody can trust: a row for each image, or the reason why there is none."""
+"""The checked call of an annotator: for each image a row or an error, whatever the annotator returns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TAKEN = ("key", "error_type", "error_message")
 
 
 class CheckedAnnotator:
-    """An annotator whose errors and wrong answers cost the image that they are about."""
+    """An annotator whose errors and wrong results affect only the image that caused them."""
 
     def __init__(self, annotator: Annotator, name: str) -> None:
-        """Take an open annotator. Raises: JobError if it is none."""
+        """Check an open annotator. Raises: JobError if it is not one."""
         self._annotator = annotator
         self._name = name
         self.columns = _columns_of(annotator, name)
@@ -34,8 +34,8 @@ class CheckedAnnotator:
         try:
             return list(self._call(images, records))
         except (DeviceFatal, JobError, StoreError):
-            raise  # the same for every image
-        except Exception as error:  # the image ends here, whatever somebody's code raises
+            raise  # these concern every image
+        except Exception as error:  # a user's code raises anything: it costs only the image
             if len(images) == 1:
                 return [error]
         middle = len(images) // 2
@@ -52,7 +52,7 @@ class CheckedAnnotator:
         return [errors.get(number, row) for number, row in enumerate(rows)]
 
     def _batch(self, answer: Any, num_images: int) -> pa.RecordBatch:
-        """Return an answer as the columns that were promised. Raises: TypeError."""
+        """Return a result as a batch with the declared columns. Raises: TypeError."""
         if isinstance(answer, pa.Table | pa.RecordBatch):
             answer = {name: answer[name] for name in answer.schema.names}
         if not isinstance(answer, Mapping):
@@ -77,7 +77,7 @@ class CheckedAnnotator:
 
 
 def _without_errors(values: Any, errors: dict[int, Exception]) -> Any:
-    """Return a list without its exceptions, which are added to `errors` by their places."""
+    """Return a list without its exceptions, which are added to `errors` by index."""
     if not isinstance(values, list | tuple):
         return values
     errors |= {number: value for number, value in enumerate(values) if isinstance(value, Exception)}
@@ -98,7 +98,7 @@ def _as_array(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _columns_of(annotator: Annotator, name: str) -> pa.Schema:
-    """Return the columns that an annotator promises. Raises: JobError."""
+    """Return the columns that an annotator declares. Raises: JobError."""
     columns = getattr(annotator, "columns", None)
     if not isinstance(columns, pa.Schema) or not callable(annotator):
         raise JobError(f"{name}: an annotator must have `columns`, a pyarrow.Schema, and be callable")

@@ -1,4 +1,4 @@
-"""Annotators of CLIP: how well image and prompt fit, and an aesthetic score by a head over its embeddings."""
+"""Annotators with CLIP: the similarity of image and prompt, and an aesthetic score by a head on its embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clip:
     execution_options = frozenset({"device"})
 
     def __init__(self, model: str = CLIP_MODEL, embedding: bool = True, device: str = "auto") -> None:
-        """Load a CLIP: a folder or address. embedding: whether to keep the image's embedding, of length 1."""
+        """Load a CLIP from a folder or address. embedding: also return the image's embedding, of length 1."""
         import transformers
 
         self._image_model = ImageModel(model, "AutoModel", device)
@@ -39,7 +39,7 @@ class Clip:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the columns; a prompt that is too long for CLIP counts up to there."""
+        """Return the columns; a prompt that is too long for CLIP is truncated."""
         with device_errors():
             texts = self._tokenizer(
                 [record["prompt"] for record in records],
@@ -55,7 +55,7 @@ class Clip:
 
 
 class Aesthetic:
-    """A score by a head of linear layers over CLIP's embedding, as LAION's: about 1 to 10."""
+    """A score, about 1 to 10, by linear layers on CLIP's embedding, such as LAION's."""
 
     version = "1"
     columns = pa.schema([("aesthetic", pa.float32())])
@@ -64,9 +64,8 @@ class Aesthetic:
     def __init__(self, head: str, model: str = CLIP_MODEL, device: str = "auto") -> None:
         """Load the head, a file of tensors, and the CLIP that it was trained with.
 
-        The layers are applied in the order of their numbers with nothing between, as in
-        christophschuhmann/improved-aesthetic-predictor (simple_inference.py), or the one of
-        LAION-AI/aesthetic-predictor.
+        The layers are applied in the order of their numbers without activations, as in
+        christophschuhmann/improved-aesthetic-predictor (simple_inference.py); LAION-AI/aesthetic-predictor has one.
         """
         self._image_model = ImageModel(model, "AutoModel", device)
         self._layers = [
@@ -90,7 +89,7 @@ class Aesthetic:
 
 
 def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    """Return embeddings [b, d] of length 1."""
+    """Return embeddings [b, d], normalized to length 1."""
     return torch.nn.functional.normalize(embeds, dim=-1)
 
 

@@ -13,13 +13,13 @@ from flux_batch.demo.world.scorer import score
 
 
 class Facts:
-    """The share of a prompt's facts that hold, and the others; for the demo's captions alone."""
+    """The share of a prompt's facts that hold in its image, and the other facts; for the demo's captions only."""
 
     version = "2"
     columns = pa.schema([("facts", pa.float64()), ("missing", pa.list_(pa.string()))])
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the columns. Raises: ValueError for a prompt that is no caption of the demo's world."""
+        """Return the columns. Raises: ValueError for a prompt that is not a caption of the demo's world."""
         facts = [score(parse_caption(record["prompt"]), image) for image, record in zip(images, records, strict=True)]
         return {
             "facts": [sum(fact.holds for fact in each) / len(each) for each in facts],

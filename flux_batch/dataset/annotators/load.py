@@ -1,4 +1,4 @@
-"""The way from `--with NAME|module:factory` to an open annotator, and its identity."""
+"""Loading of annotators by `--with NAME|module:factory`, and their identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_batch.dataset.annotators.checked import CheckedAnnotator
 from flux_batch.errors import FluxBatchError, JobError, did_you_mean, one_line
 from flux_batch.redaction import public_tree
 
-# Imported when they are opened: some need a model.
+# Annotators are imported when they are opened, since some need a model's libraries.
 _PACKAGE = "flux_batch.dataset.annotators"
 BUILT_IN: Mapping[str, str] = {
     "phash": f"{_PACKAGE}.pixels:PerceptualHash",
@@ -35,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class AnnotatorSpec:
     """An annotator to open: its name in the output, a built-in name or `module:factory`, and its options.
 
-    `folder` is where its module is looked for too: the one that the command was given in.
+    `folder`: where its module is also searched: the folder in which the command runs.
     """
 
     name: str
@@ -46,11 +46,11 @@ class AnnotatorSpec:
     def __post_init__(self) -> None:
         if self.annotator not in BUILT_IN and not FACTORY.fullmatch(self.annotator):
             raise JobError(
-                f"{self.annotator}: is no annotator; it must be {', '.join(sorted(BUILT_IN))}, or module:factory"
+                f"{self.annotator}: is not an annotator; it must be {', '.join(sorted(BUILT_IN))}, or module:factory"
                 f"{did_you_mean(self.annotator, BUILT_IN)}"
             )
         if not _NAME.fullmatch(self.name):
-            raise JobError(f"{self.name!r}: is no name of an annotation; use letters, digits, `_` and `-`")
+            raise JobError(f"{self.name!r}: cannot name an annotation; use letters, digits, `_` and `-`")
         try:
             json.dumps(self.options)
         except (TypeError, ValueError) as error:
@@ -58,14 +58,14 @@ class AnnotatorSpec:
 
     @classmethod
     def parse(cls, text: str, options: Mapping[str, Any] | None = None) -> AnnotatorSpec:
-        """Read [NAME=]ANNOTATOR; the name is that of the annotator if it is left out. Raises: JobError."""
+        """Parse [NAME=]ANNOTATOR; the default name is that of the annotator. Raises: JobError."""
         name, _, annotator = text.rpartition("=")
         name = name or annotator.rpartition(":")[2].rpartition(".")[2]
         return cls(name=name, annotator=annotator, options=dict(options or {}), folder=os.getcwd())
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The facts that are known before the annotator is open."""
+        """The part of the identity that is known before the annotator is open."""
         return {
             "annotator": self.annotator,
             "options": json.loads(json.dumps(public_tree(dict(self.options), "options"))),
@@ -74,7 +74,7 @@ class AnnotatorSpec:
 
 @dataclass(frozen=True)
 class OpenAnnotator:
-    """An annotator that is loaded, and what its results depend on."""
+    """A loaded annotator, and the identity that its results depend on."""
 
     spec: AnnotatorSpec
     checked: CheckedAnnotator
@@ -82,7 +82,7 @@ class OpenAnnotator:
 
 
 def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[AnnotatorSpec]:
-    """Read every `--with` and its `--set`: `NAME.key`, or `key` if there is one annotator. Raises: JobError."""
+    """Parse every `--with` and its `--set`: `NAME.key`, or `key` if there is only one annotator. Raises: JobError."""
     specs = [AnnotatorSpec.parse(text) for text in texts]
     names = [spec.name for spec in specs]
     if not specs:
@@ -100,10 +100,10 @@ def parse_specs(texts: Iterable[str], options: Mapping[str, Any]) -> list[Annota
 
 
 def changing_options(spec: AnnotatorSpec, names: Collection[str]) -> set[str]:
-    """Return those of the named options that change results; none if only an open annotator tells.
+    """Return the named options that change results; an empty set if only an open annotator can show it.
 
-    That is so if it comes from a function, or its packages are those of the workers alone.
-    Raises: JobError if it does not have one of its options.
+    That is so if a function makes the annotator, or if only the workers have its packages.
+    Raises: JobError for an option that the annotator does not have.
     """
     if not names:
         return set()
@@ -118,7 +118,7 @@ def changing_options(spec: AnnotatorSpec, names: Collection[str]) -> set[str]:
 def check_factory(spec: AnnotatorSpec, hint: str = _OPTION_HINT) -> Callable[..., Any]:
     """Return the factory of an annotator. Raises: JobError if it cannot be imported, or lacks these options.
 
-    hint: how an option is set.
+    hint: the way to set an option, for the message.
     """
     factory = _imported(spec)
     check_options(factory, spec.options, spec.annotator, hint)
@@ -130,13 +130,13 @@ def _imported(spec: AnnotatorSpec) -> Callable[..., Any]:
 
 
 def open_annotator(spec: AnnotatorSpec) -> OpenAnnotator:
-    """Import and open an annotator. Raises: JobError if that is not possible; its own errors of this package."""
+    """Import and open an annotator. Raises: JobError if that fails; errors of this package pass through."""
     factory = check_factory(spec)
     try:
         annotator = factory(**spec.options)
     except FluxBatchError:
         raise
-    except Exception as error:  # whatever somebody's code raises
+    except Exception as error:  # a user's code raises anything
         raise JobError(
             f"{spec.name}: {spec.annotator} cannot be opened: {type(error).__name__}: {one_line(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Annotators of pixels alone, without a model: a perceptual hash, sharpness and exposure."""
+"""Annotators without a model: a perceptual hash, sharpness and exposure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 _Luma: TypeAlias = NDArray[np.float64]
 
-# Of imagehash's phash (JohannesBuchner/imagehash, imagehash/__init__.py): the low frequencies of a small grey image.
+# As in imagehash's phash (JohannesBuchner/imagehash, imagehash/__init__.py): low frequencies of a small grey image.
 _HASH_SIDE, _FREQUENCIES = 32, 8
 # 8-bit levels. Below and above these, a pixel counts as black or white.
 _DARK_BELOW, _BRIGHT_ABOVE = 8, 247
@@ -22,7 +22,7 @@ _BLANK_BELOW = 2.0
 
 
 class PerceptualHash:
-    """The perceptual hash of each image, 16 hexadecimal digits; alike images differ in few of its 64 bits."""
+    """The perceptual hash of each image, 16 hexadecimal digits; similar images differ in few of its 64 bits."""
 
     version = "1"
     columns = pa.schema([("phash", pa.string())])
@@ -33,7 +33,7 @@ class PerceptualHash:
 
 
 class Sharpness:
-    """The sharpness of each image: the variance of its Laplacian, in squared 8-bit levels; low is blurred."""
+    """The sharpness of each image: the variance of its Laplacian, in squared 8-bit levels; low means blurred."""
 
     version = "1"
     columns = pa.schema([("sharpness", pa.float32())])

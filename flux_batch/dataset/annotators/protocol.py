@@ -10,7 +10,7 @@ from PIL import Image
 
 
 class Annotator(Protocol):
-    """A judge of images: a class, or a function that returns one, opened once on each worker.
+    """An annotator of images: a class, or a function that returns an instance, called once on each worker.
 
         import numpy as np
         import pyarrow as pa
@@ -28,11 +28,11 @@ class Annotator(Protocol):
     {'mean': [np.float64(200.0)]}
 
     `flux-batch annotate OUTPUT_URI --with my_module:Brightness --set scale=2` opens `Brightness(scale=2)` and calls it
-    with some images at a time. Its results must depend on its arguments alone, not on the images before.
+    with several images at a time. Its results must depend on its arguments only, not on earlier images.
 
-    If a call raises, the images are tried again one by one; an image that fails alone gets nulls, with the error as the
-    reason. So it is with columns that are missing, too short or of another type. Where that would cost too much, put an
-    exception in the place of a value: it is the reason of that image, and the others stay.
+    If a call raises, or returns columns that are missing, too short or of another type, the images are tried again in
+    halves, down to single ones; an image that fails alone gets nulls and the error as the reason. To avoid the repeated
+    calls, put an exception in the place of a value: only that image then fails, with the exception as the reason.
     """
 
     columns: pa.Schema
@@ -42,14 +42,14 @@ class Annotator(Protocol):
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return a value for each image, by column: a list, or an array of NumPy or Arrow, in the order of `images`.
 
-        images: RGB, each of its own size, 1 or more; yours to change. records: the rows of the metadata beside them,
-        with `key`, `prompt`, `seed` and so on, and the columns of the job's passthrough.
+        images: one or more RGB images, possibly of different sizes; they may be modified. records: their rows of the
+        metadata, with `key`, `prompt`, `seed` and so on, and the passthrough columns of the job.
         """
         ...
 
 
 class _IdentifiedAnnotator(Annotator, Protocol):
-    """An annotator that says more of itself; each of these attributes may be left out."""
+    """An annotator with optional attributes for its identity."""
 
     version: str
     """Changes when results change. A pass is not resumed with another one. "1" if left out."""

@@ -1,4 +1,4 @@
-"""The annotator of what should not be shown: a classifier of images."""
+"""The annotator of unsafe images: an image classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_batch.dataset.annotators.weights import ImageModel
 from flux_batch.errors import InvalidSetting
 from flux_batch.pipeline.errors import device_errors
 
-# Names that classifiers on Hugging Face give to such classes.
+# Names of unsafe classes in classifiers on Hugging Face.
 _UNSAFE = {"nsfw", "unsafe", "porn", "hentai", "sexy", "explicit", "sexual", "gore", "violence"}
 
 
@@ -31,7 +31,7 @@ class Safety:
         unsafe_labels: Sequence[str] | None = None,
         device: str = "auto",
     ) -> None:
-        """Load a classifier. unsafe_labels: the classes that count; by default those whose names say so."""
+        """Load a classifier. unsafe_labels: the unsafe classes; by default those whose names are in `_UNSAFE`."""
         self._image_model = ImageModel(model, "AutoModelForImageClassification", device)
         self.revision = self._image_model.revision
         self._labels = [str(label) for _, label in sorted(self._image_model.model.config.id2label.items())]

@@ -1,4 +1,4 @@
-"""An annotator as the score of a job's `quality`: one number an image."""
+"""An annotator as the score of a job's `quality`: one number for each image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Score:
             )
 
     def __call__(self, images: Sequence[Pixels], records: Sequence[Mapping[str, Any]]) -> list[float | None]:
-        """Return the scores; None for an image that cannot be judged, whose reason is logged."""
+        """Return the scores; None for an image that cannot be judged, for which the reason is logged."""
         flat = [{**record.get("passthrough", {}), **record} for record in records]
         rows = self._annotator.rows([Image.fromarray(image) for image in images], flat)
         return [self._score(row, record) for row, record in zip(rows, records, strict=True)]
@@ -50,9 +50,9 @@ class _Score:
 
 
 def check_score(quality: QualityConfig, *, is_here: bool = False) -> None:
-    """Raise JobError for a score that names no annotator; open none.
+    """Raise JobError for a score that names no annotator; the annotator is not opened.
 
-    is_here: whether the workers are on this machine, so that its code and its options can be looked at.
+    is_here: whether the workers are on this machine, so that its code and options can be checked here.
     """
     spec = _spec(quality)
     if is_here:

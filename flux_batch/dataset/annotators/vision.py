@@ -22,8 +22,8 @@ _CAPTION = "Describe this image in one or two sentences: what is in it, where, a
 class Ask:
     """The answers of a vision model to a question about each image, with their tokens.
 
-    With prices of tokens there is the cost too. Without a schema there is one column, `answer`. With a JSON schema of
-    an object, its properties are the columns.
+    If token prices are given, there is also the cost. Without a schema there is one column, `answer`. With a JSON
+    schema of an object, its properties are the columns.
     """
 
     version = "1"
@@ -40,11 +40,11 @@ class Ask:
         output_price: float | None = None,
         **options: Any,
     ) -> None:
-        """Take a model and a question.
+        """Set the model and the question.
 
-        question: `{prompt}` in it stands for that column of the record, and so for others. schema: of the answer.
-        concurrency: requests at a time. input_price, output_price: of a million tokens. options: `url`, `key_variable`,
-        `max_tokens`, `temperature`, `image_side`, `attempts`, `timeout_s` and `extra` fields of the request.
+        question: `{prompt}` in it is replaced by that column of the record; so are other columns. schema: of the
+        answer. concurrency: requests at a time. input_price, output_price: for a million tokens. options: `url`,
+        `key_variable`, `max_tokens`, `temperature`, `image_side`, `attempts`, `timeout_s` and `extra` request fields.
         Raises: InvalidSetting.
         """
         if concurrency < 1:
@@ -60,7 +60,7 @@ class Ask:
         self.columns = pa.schema([*answers, *_TOKENS, *([pa.field("cost", pa.float64())] if self._prices else [])])
 
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the columns; a value is the error of its image where there is no answer."""
+        """Return the columns; for an image without an answer, the value is the error."""
         rows = list(self._threads.map(self._row, images, records))
         return {name: [row if isinstance(row, BadAnswer) else row[name] for row in rows] for name in self.columns.names}
 
@@ -106,12 +106,12 @@ class Caption(Ask):
     column = "caption"
 
     def __init__(self, model: str, question: str = _CAPTION, **options: Any) -> None:
-        """Take a model; `options` are those of Ask."""
+        """Set the model; `options` are those of Ask."""
         super().__init__(model, question, **options)
 
 
 def _fields(schema: Mapping[str, Any]) -> list[pa.Field]:
-    """Return the columns that a JSON schema of an object means. Raises: InvalidSetting."""
+    """Return the columns for the properties of a JSON schema of an object. Raises: InvalidSetting."""
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     if not isinstance(properties, Mapping) or not properties:
         raise InvalidSetting("schema: must be a JSON schema of an object, with `properties`", field="schema")
@@ -119,7 +119,7 @@ def _fields(schema: Mapping[str, Any]) -> list[pa.Field]:
 
 
 def _kind(schema: Any) -> pa.DataType:
-    """Return the Arrow type of a JSON schema; anything but plain values and lists of them becomes JSON."""
+    """Return the Arrow type of a JSON schema; anything but plain values and lists of them is stored as JSON text."""
     types = _types(schema) - {"null"}
     if types == {"array"}:
         return pa.list_(_kind(schema.get("items"))) if "items" in schema else pa.string()

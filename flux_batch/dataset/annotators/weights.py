@@ -1,4 +1,4 @@
-"""Models of transformers for annotators, loaded from wherever a model of this program may lie."""
+"""Models of transformers for annotators, loaded from any address that this program supports for models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flux_batch.pipeline.errors import checkpoint_errors, device_errors
 
 
 class ImageModel:
-    """A model that takes images, its processor, its device and the version of its files."""
+    """An image model with its processor, its device and the version of its files."""
 
     def __init__(self, uri: str, auto_class: str, device: str) -> None:
-        """Load a model by the class of transformers that `auto_class` names.
+        """Load a model with the transformers class named by `auto_class`.
 
         Raises: CheckpointError, StoreError; OutOfMemory, DeviceFatal.
         """
@@ -35,13 +35,13 @@ class ImageModel:
             self.model: Any = loaded.to(self.device).eval()
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return images as the model takes them, [b, 3, h, w] on its device."""
+        """Return images as input of the model: [b, 3, h, w] on its device."""
         pixels: torch.Tensor = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels.to(self.device)
 
 
 def load_tensors(uri: str) -> dict[str, torch.Tensor]:
-    """Load a small file of tensors: safetensors, or a local pickle of nothing but tensors. Raises: CheckpointError."""
+    """Load a small file of tensors: safetensors, or a local pickle with only tensors. Raises: CheckpointError."""
     from safetensors.torch import load_file
 
     path = Path(local_model(uri))

@@ -1,6 +1,6 @@
-"""The card of an export: a header for loaders and the Hub, then a page for people, made of what is known.
+"""The card of an export: a header for loaders and the Hub, then a page for people.
 
-Without a date: the same run, selection and options give the same card.
+It has no date: the same run, selection and options give the same card.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flux_batch.redaction import public_tree, public_uri
 if TYPE_CHECKING:
     from flux_batch.dataset.export.export import Packer
 
-# The words that the Hub sorts data sets by, up to so many rows.
+# The Hub's size categories, each with its largest number of rows.
 _SIZES = (
     *((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")),
     *((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B")),
@@ -81,8 +81,8 @@ def export_card(
 ) -> str:
     """Return the card of an export.
 
-    address: where it will lie, as loaders want it. licence: the Hub's id of one, as somebody has said. samples: the
-    name of an image of samples beside the card.
+    address: the destination, as loaders need it. licence: the Hub's id of the licence that the user has given. samples:
+    the name of an image with samples beside the card.
     """
     source = packer.source
     config = source.run.config
@@ -126,7 +126,7 @@ def _header(packer: Packer, licence: str | None) -> str:
 
 
 def _chosen(name: str | None, made_by: Mapping[str, Any], facts: RunFacts) -> Iterator[str]:
-    """Yield how the images were chosen, and what failed."""
+    """Yield the paragraphs about the selection of images and about failures."""
     made = facts.num_images - facts.num_failed
     end = ":" if facts.failures else "."
     asked = _counted(facts.num_images, "image")
@@ -169,7 +169,7 @@ def _settings(packer: Packer, facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def _said(annotator: Mapping[str, Any]) -> str:
-    """Return what made an annotation, in one line."""
+    """Return the annotator of an annotation, in one line."""
     said = {key: value for key, value in annotator.items() if key not in ("columns", "name") and value}
     return (
         ", ".join(f"{key} {json.dumps(public_tree(value), ensure_ascii=False)}" for key, value in said.items()) or "-"
@@ -227,7 +227,7 @@ def _bars(counts: Sequence[int]) -> str:
 
 
 def _loaders(packer: Packer, address: str, shard_size: int) -> Iterator[str]:
-    """Yield four ways to load it."""
+    """Yield the ways to load the data set."""
     split = next(iter(packer.source.splits))
     name = address.removeprefix("hf://datasets/")
     pieces = [piece.name for piece in packer.source.pieces(shard_size) if piece.split == split]

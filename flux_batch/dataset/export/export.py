@@ -1,14 +1,14 @@
-"""The export of a run: its images, or those of a selection, as a data set of its own somewhere else.
+"""The export of a run: its images, or those of a selection, as a separate data set.
 
-    SPLIT/NNNNN.tar                        as a run has them (output/formats.py); also .parquet, or a folder of files
+    SPLIT/NNNNN.tar                        as in a run (output/formats.py); also .parquet, or a folder of files
     SPLIT.lance                            or a data set of Lance (lance.py)
     README.md                              a card, so that `datasets.load_dataset(DEST)` works
     _SUCCESS                               written last
-    _export/export.json                    what is exported: an export of something else is refused
-    _export/commits/SPLIT-NNNNN.json       what makes a shard done: its files with size and sha256
+    _export/export.json                    the identity of the export: an export of something else is refused
+    _export/commits/SPLIT-NNNNN.json       the commit of a shard: its files with size and sha256
 
-Each shard is a function of the run, the selection and the options, and is written whole: a killed export goes on with
-the shards that have no commit, and ends in the same bytes.
+Each shard depends only on the run, the selection and the options, and is written whole. A killed export is resumed with
+the shards that have no commit, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _Format: TypeAlias = Literal["webdataset", "files", "parquet", "lance"]
 
 _IDENTITY = "_export/export.json"
 _COMMITS = "_export/commits"
-# Of the identity of an export; the first knew neither the bytes of images nor the values of annotations.
+# The version of the identity; version 1 lacked the hashes of images and annotations.
 _VERSION = 2
-# Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
+# The number of shards to pack and upload at once; the images of each are on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
 _WRITERS = 8
 _READERS = 16
-# Commits in memory at once.
+# The number of commits in memory at once.
 _READ_AHEAD = 256
 _READ_BYTES = 8 << 20
 
@@ -65,7 +65,7 @@ class _Exported:
 
 @dataclass(frozen=True)
 class Packer:
-    """The packer of pieces: a piece -> local files, with the names they have in the data set."""
+    """The packer of pieces into local files, with their names in the data set."""
 
     source: ExportSource
     format: _Format
@@ -80,7 +80,7 @@ class Packer:
         return format_for(config, self.source.columns)
 
     def loader_pattern(self, split: str) -> str:
-        """Return the pattern by which `datasets` finds the files of a split."""
+        """Return the pattern with which `datasets` finds the files of a split."""
         return _of_split(self.output_format.loader_pattern, split)
 
     def file_name(self, piece: Piece) -> str:
@@ -98,7 +98,7 @@ class Packer:
             yield _of_split(name, piece.split), path
 
     def identity(self, shard_size: int) -> dict[str, Any]:
-        """Return what decides the bytes of every shard."""
+        """Return everything that determines the bytes of the shards."""
         columns = {field.name: str(field.type) for field in self.source.columns}
         return {
             "version": _VERSION,
@@ -125,9 +125,9 @@ def export(
     licence: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> _Exported:
-    """Write images of a run as a data set at `dest`. What a killed export left is gone on with.
+    """Write images of a run as a data set at `dest`, or resume an export.
 
-    Raises: JobError if `dest` has another data set or files of others, or there is nothing to export; StoreError.
+    Raises: JobError if `dest` has another data set or other files, or if there is nothing to export; StoreError.
 
     >>> exported = export(Store("out/done"), Store("out/set"), format="parquet")
     >>> dict(exported.splits)
@@ -172,7 +172,7 @@ def format_exported(exported: _Exported) -> str:
 
 
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
-    """Raise JobError if an export that was begun is of something else."""
+    """Raise JobError if the existing export is of something else."""
     changed = [name for name in ours if theirs.get(name) != ours[name]]
     if changed:
         said = ", ".join(_difference(name, theirs.get(name), ours[name]) for name in changed)
@@ -185,7 +185,7 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:
-    """Return how two exports differ in one respect; hashes say nothing to people."""
+    """Return the difference of two exports in one entry, in words instead of hashes."""
     if name == "images":
         return "the images are others, or were made again"
     if name in ("annotations", "columns"):
@@ -205,19 +205,19 @@ def _check_place(store: Store, dest: Store) -> None:
 
 
 def _address(store: Store) -> str:
-    """Return the address of a store; that of a folder on this machine is absolute, with links followed."""
+    """Return the address of a store; for a local folder the absolute path, with links resolved."""
     return os.path.realpath(store.uri.removeprefix("file://")) if store.is_local else store.uri
 
 
 def _check_empty(dest: Store, folders: Iterable[str]) -> None:
-    """Raise JobError for a destination where a new export would write over files of others."""
+    """Raise JobError for a destination where a new export would overwrite other files."""
     foreign = CARD if dest.exists(CARD) else next(filter(None, map(dest.any_key, sorted(folders))), None)
     if foreign:
         raise JobError(f"{dest.uri}: holds {foreign}, but no export; use an empty folder")
 
 
 def _settle(dest: Store, identity: Mapping[str, Any]) -> None:
-    """Write down what is exported, or compare it with what was begun here."""
+    """Write the identity of the export, or compare it with the existing one."""
     try:
         dest.put_if_absent(_IDENTITY, json.dumps(identity, indent=1, sort_keys=True).encode())
     except AlreadyExists:
@@ -241,7 +241,7 @@ def _write(packer: Packer, dest: Store, piece: Piece) -> None:
 def _put(dest: Store, name: str, path: Path, *, is_same_each_time: bool) -> StoredFile:
     """Write a file, unless a killed export has written the same bytes.
 
-    Other versions of the libraries that pack and encode make other bytes of the same images; these are replaced.
+    Other versions of the packing and encoding libraries give other bytes for the same images; such files are replaced.
     """
     file = _stored_file(name, path)
     try:
@@ -256,7 +256,7 @@ def _put(dest: Store, name: str, path: Path, *, is_same_each_time: bool) -> Stor
 
 
 def _is_stored(dest: Store, file: StoredFile) -> bool:
-    """Return whether a file lies at the destination with these bytes; few of them are in memory at once."""
+    """Return whether a file exists at the destination with these bytes. It is read in pieces."""
     if dest.size(file.path) != file.bytes:
         return False
     digest = hashlib.sha256()
@@ -266,14 +266,14 @@ def _is_stored(dest: Store, file: StoredFile) -> bool:
 
 
 def _stored_file(name: str, path: Path) -> StoredFile:
-    """Return the record of a file that is on the local disk."""
+    """Return the record of a local file."""
     with path.open("rb") as data:
         return StoredFile(path=name, bytes=path.stat().st_size, sha256=hashlib.file_digest(data, "sha256").hexdigest())
 
 
 def _check(dest: Store, pieces: Sequence[Piece]) -> int:
-    """Compare what lies at the destination with the commits. Returns: bytes. Raises: StoreError, DamagedObject."""
-    listed: dict[str, dict[str, int | None]] = {}  # the sizes in the folders of the piece at hand
+    """Compare the files at the destination with the commits. Returns: bytes. Raises: StoreError, DamagedObject."""
+    listed: dict[str, dict[str, int | None]] = {}  # the sizes in the folders of the current piece
     num_bytes = 0
     for key, commit in _read_commits(dest, pieces):
         files = [(*file["path"].rpartition("/")[::2], file["bytes"]) for file in commit["files"]]
@@ -302,7 +302,7 @@ def _read_commits(dest: Store, pieces: Sequence[Piece]) -> Iterator[tuple[str, M
 
 
 def _write_versions(lance_format: LanceFormat, dest: Store, pieces: Iterable[Piece]) -> None:
-    """Write which shards the data set of each split has."""
+    """Write the list of shards of each split's data set."""
     num_rows: dict[str, dict[str, int]] = {}
     for piece in pieces:
         folder, _, name = _of_split(lance_format.location(piece.name), piece.split).partition("/data/")
@@ -316,5 +316,5 @@ def _label(piece: Piece) -> str:
 
 
 def _of_split(name: str, split: str) -> str:
-    """Return the name of a file of a run in the folder of a split."""
+    """Return the name of a run's file, moved into the folder of a split."""
     return split + name.removeprefix(TRAIN)

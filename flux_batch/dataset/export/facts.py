@@ -1,4 +1,4 @@
-"""The facts of a data set that is made of a run, for its card: read from the run, none of them guessed."""
+"""The facts of an exported data set, for its card: all read from the run, none guessed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _SAMPLES = 24
 
 @dataclass(frozen=True)
 class Histogram:
-    """The values of a column of numbers over the chosen images."""
+    """The distribution of a numeric column over the chosen images."""
 
     column: str
     num_values: int
     quantiles: tuple[float, float, float]  # 5 %, 50 %, 95 %
     low: float
     high: float
-    counts: tuple[int, ...]  # of bins of one width from low to high
+    counts: tuple[int, ...]  # in bins of equal width from low to high
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The counts of the run itself, and what its report says."""
+    """The counts of the run, and the figures of its report."""
 
     num_images: int
     num_failed: int
@@ -69,18 +69,18 @@ def run_facts(source: ExportSource) -> RunFacts:
 
 
 def selection_facts(source: ExportSource) -> Mapping[str, Any]:
-    """Return the criteria of the selection and what they left out; empty without a selection."""
+    """Return the criteria of the selection and the counts that they left out; {} without a selection."""
     return made_by(source.run.store, source.selection) if source.selection is not None else {}
 
 
 def annotators(source: ExportSource) -> dict[str, Mapping[str, Any]]:
-    """Return what made each annotation, as it is written beside it."""
+    """Return the stored identity of each annotation's annotator."""
     store, names = source.run.store, dict.fromkeys(column.annotation for column in source.annotation_columns)
     return {name: read_json(store, AnnotationFolder(source.run.folder, name).identity) or {} for name in names}
 
 
 def histograms(source: ExportSource) -> list[Histogram]:
-    """Count the values of every annotation that is a number, over the chosen images."""
+    """Return the histogram of every numeric annotation over the chosen images."""
     chosen = pa.table({"key": source.chosen["key"]})
     found = []
     for column in source.annotation_columns:
@@ -97,7 +97,7 @@ def histograms(source: ExportSource) -> list[Histogram]:
 
 
 def sample_sheet(source: ExportSource) -> bytes:
-    """Draw some of the chosen images, evenly spread, with their prompts, as JPEG."""
+    """Return a JPEG with some of the chosen images, evenly spread, and their prompts."""
     numbers = spread(source.chosen.num_rows, _SAMPLES)
     some = source.chosen.take(numbers)
     by_shard: dict[int, list[str]] = {}
@@ -132,7 +132,7 @@ def _thumbnails(
 
 def _histogram(column: str, numbers: NDArray[np.float64]) -> Histogram:
     low, high = float(numbers.min()), float(numbers.max())
-    half = high / 2 - low / 2 or 1.0  # of the range, which may be more than a float holds, or less than its bins need
+    half = high / 2 - low / 2 or 1.0  # half the range: the full range may overflow, and may be 0
     counts, _ = np.histogram((numbers / 2 - low / 2) / half, _BINS, (0, 1))
     five, half_of_all, most = (float(value) for value in 2 * np.quantile(numbers / 2, (0.05, 0.5, 0.95)))
     return Histogram(column, len(numbers), (five, half_of_all, most), low, high, tuple(int(count) for count in counts))

@@ -1,10 +1,10 @@
-"""Exports in Lance: a data set a split, of one fragment a shard; the extra `lance` installs its library.
+"""Exports in Lance: a data set for each split, with a fragment for each shard. Needs the extra `lance`.
 
     SPLIT.lance/data/NNNNN.lance    the images and records of a shard
-    SPLIT.lance/_versions/...       which fragments there are; written once all are there
+    SPLIT.lance/_versions/...       the list of fragments; written after all of them
 
-The layout is that of https://lancedb.github.io/lance/format/table. The library packs a shard on the local disk,
-and this program stores it like any other file, so an export reaches every store and goes on after a kill.
+The layout is that of https://lancedb.github.io/lance/format/table. The library packs a shard on the local disk, and
+this program stores it like any other file, so an export works with every store and is resumed after a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flux_batch.storage.scratch import scratch_folder
 from flux_batch.storage.store import Store
 
 _IMAGES_IN_MEMORY = 16
-# A shard is one fragment, however many rows it has.
+# The limit of rows in a fragment, so that every shard is one fragment.
 _NO_LIMIT = 2**40
 
 
@@ -40,7 +40,7 @@ class LanceFormat:
 
     @property
     def loader_pattern(self) -> str:
-        """The pattern by which `datasets` finds the files of a split."""
+        """The pattern with which `datasets` finds the files of a split."""
         return f"{TRAIN}.lance/**"
 
     @property
@@ -83,9 +83,9 @@ def check_lance() -> None:
 
 
 def write_version(dest: Store, folder: str, schema: pa.Schema, num_rows: Mapping[str, int]) -> None:
-    """Write which fragments a data set has. Its readers see nothing before.
+    """Write the list of a data set's fragments. Before that, readers see no data set.
 
-    folder: of the data set, in `dest`. num_rows: the rows of each file below `data`, in order.
+    folder: the data set's folder in `dest`. num_rows: the rows of each file below `data`, in order.
     """
     import lance
 
@@ -99,14 +99,14 @@ def write_version(dest: Store, folder: str, schema: pa.Schema, num_rows: Mapping
         ]
         local = scratch / "version"
         lance.LanceDataset.commit(str(local), lance.LanceOperation.Overwrite(schema, fragments))
-        # What names the fragments comes last, so that no reader finds a part of it.
+        # The manifest comes last, so that no reader finds a part of the data set.
         for path in sorted(local.rglob("*"), key=lambda path: (path.suffix == ".manifest", path.suffix == ".json")):
             if path.is_file():
                 dest.write(f"{folder}/{path.relative_to(local)}", path)
 
 
 def _write_fragment(folder: Path, data: pa.RecordBatchReader | pa.Table) -> list[dict[str, Any]]:
-    """Write rows as one fragment. Returns: the description of it, as Lance has it in JSON."""
+    """Write rows as one fragment. Returns: its description in Lance's JSON."""
     from lance.fragment import write_fragments
 
     fragments = write_fragments(
@@ -116,7 +116,7 @@ def _write_fragment(folder: Path, data: pa.RecordBatchReader | pa.Table) -> list
 
 
 def _fragment(template: Mapping[str, Any], number: int, name: str, num_rows: int, num_bytes: int | None) -> Any:
-    """Return the description of a stored fragment; all but these figures is the same for all of a schema."""
+    """Return the description of a stored fragment; fragments of a schema differ only in these figures."""
     from lance.fragment import FragmentMetadata
 
     (file,) = template["files"]

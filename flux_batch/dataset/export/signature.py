@@ -1,8 +1,8 @@
-"""The C2PA signature of images, for `--finish flux_batch.dataset.export.signature:sign`; the extra `c2pa` installs it.
+"""C2PA signatures of images, for `--finish flux_batch.dataset.export.signature:sign`. Needs the extra `c2pa`.
 
-The environment names files in PEM: C2PA_SIGN_CERT, the certificate and its chain, and C2PA_PRIVATE_KEY. With
-C2PA_TIMESTAMP_URL an authority says when it was signed. The manifest has one action of `c2pa.actions.v2`,
-`c2pa.created`, with the digital source type that the image carries in IPTC's words too.
+Two variables name PEM files: C2PA_SIGN_CERT, the certificate and its chain, and C2PA_PRIVATE_KEY. With
+C2PA_TIMESTAMP_URL a time-stamping authority certifies the time of signing. The manifest has one action of
+`c2pa.actions.v2`, `c2pa.created`, with the digital source type that is also in the image's IPTC metadata.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from c2pa import Signer
 
 _CERTIFICATES, _KEY, _TIMESTAMPS = "C2PA_SIGN_CERT", "C2PA_PRIVATE_KEY", "C2PA_TIMESTAMP_URL"
-# A small copy of an image inside of it would take more than all else that is signed.
+# A thumbnail inside the image would be larger than the rest of the manifest.
 _SETTINGS = {"builder": {"thumbnail": {"enabled": False}}}
 
 
 def sign(data: bytes, record: Mapping[str, Any]) -> bytes:
-    """Return an encoded image with a signed manifest inside. Raises: JobError without a certificate and its key."""
+    """Return an encoded image with a signed manifest inside. Raises: JobError without a certificate and key."""
     try:
         from c2pa import Builder, Context, Settings
     except ImportError as error:
@@ -58,7 +58,7 @@ def _manifest(record: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _signer() -> Signer:
-    """Return the signer of the environment. Raises: JobError."""
+    """Return a signer from the environment's variables. Raises: JobError."""
     from c2pa import C2paSignerInfo, Signer
 
     certificates, key = _read(_CERTIFICATES), _read(_KEY)
@@ -78,7 +78,7 @@ def _read(name: str) -> bytes:
 
 
 def _algorithm(key: bytes) -> bytes:
-    """Return C2PA's name for signatures of a private key. Raises: JobError for a key that C2PA does not allow."""
+    """Return C2PA's name of the algorithm for a private key. Raises: JobError for a key that C2PA does not allow."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 

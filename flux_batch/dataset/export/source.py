@@ -1,6 +1,6 @@
-"""The images that leave a run: those of a selection, or all, cut into shards, with their annotations as columns.
+"""The source of an export: the images of a run or a selection, cut into shards, with annotations as columns.
 
-Images are copied as bytes, and each is compared with the sha256 of its metadata on the way.
+Images are copied as bytes, and each is checked against the sha256 in its metadata.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from flux_batch.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-# The columns of a resized image beside the size that it was made in.
+# Columns with the stored size of a resized image; `width` and `height` have its original size.
 _STORED_SIZE = pa.schema([("stored_width", pa.int32()), ("stored_height", pa.int32())])
 _KEY = pa.field("key", pa.string())
 _MADE = pa.schema([_KEY, ("sha256", pa.string()), ("status", pa.string())])
 _KEPT = pa.schema([_KEY, ("sha256", pa.string()), ("shard", pa.int32())])
 _REASON = ("error_type", "error_message")
-# A file of which at least this share is wanted is read whole.
+# A file is read whole if at least this share of it is wanted.
 _WHOLE_FROM = 0.5
 _DIGEST_BYTES = 16
-# Shards whose tables are in memory at once, and images that are hashed at a time.
+# The number of shards whose tables are in memory at once, and of images to hash at a time.
 _SHARDS_AT_ONCE = 256
 _IMAGES_AT_ONCE = 65_536
 _LEAST_SIDE = 16
@@ -57,7 +57,7 @@ _Finish: TypeAlias = Callable[[bytes, Mapping[str, Any]], bytes]
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A shard of an export: images of one split; `images` has their key, sha256 and shard of the run."""
+    """A shard of an export: images of one split. images: key, sha256 and the run's shard of each."""
 
     split: str
     name: str  # 00000
@@ -70,7 +70,7 @@ class Piece:
 
     @property
     def hashes(self) -> dict[int, dict[str, str]]:
-        """The sha256 of each image by its key, by shard of the run, in order; not kept: a run may have millions."""
+        """The sha256 of each image by key, by shard of the run, in order. It is not cached: there may be millions."""
         found: dict[int, dict[str, str]] = {}
         columns = [self.images[name].to_pylist() for name in ("key", "sha256", "shard")]
         for key, sha256, shard in zip(*columns, strict=True):
@@ -80,7 +80,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _AnnotationColumn:
-    """A column of an annotation, and its name among the columns of an export."""
+    """A column of an annotation, and its name in the export."""
 
     annotation: str
     column: str
@@ -108,12 +108,12 @@ class ExportSource:
         if max_side is not None and max_side < _LEAST_SIDE:
             raise JobError(f"--max-side {max_side}: must be {_LEAST_SIDE} or more")
         source = cls(SavedRun.open(store), selection, max_side, finish)
-        source.finished  # noqa: B018, before anything is written
+        source.finished  # noqa: B018, imports the function before anything is written
         return source
 
     @cached_property
     def finished(self) -> _Finish | None:
-        """The function of `finish`: encoded bytes and the record's fields -> encoded bytes."""
+        """The function that `finish` names: encoded bytes and the record's fields -> encoded bytes."""
         if self.finish is None:
             return None
         module, _, name = self.finish.partition(":")
@@ -127,12 +127,12 @@ class ExportSource:
 
     @cached_property
     def chosen(self) -> pa.Table:
-        """The chosen images: key, split, sha256, and shard of the run, in order. Raises: JobError if there is none."""
+        """The chosen images: key, split, sha256 and shard of the run, in order. Raises: JobError if there are none."""
         shards = committed_shards(self.run)
         if len(shards) < self.run.num_shards:
             log.warning("%d of %d shards are committed; the others are not seen", len(shards), self.run.num_shards)
         tables, parts = map(_made, shards, read_tables(self.run, shards, None, _MADE)), [_KEPT.empty_table()]
-        while some := [*islice(tables, _SHARDS_AT_ONCE)]:  # a small table takes more memory than its rows
+        while some := [*islice(tables, _SHARDS_AT_ONCE)]:  # many small tables take more memory than one
             parts.append(pa.concat_tables(some).combine_chunks())
         table = pa.concat_tables(parts)
         if self.selection is None:
@@ -158,7 +158,7 @@ class ExportSource:
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """The number of images of each split: `train` first, the others by name."""
+        """The number of images of each split: `train` first, the others sorted by name."""
         counts = {each["values"]: each["counts"] for each in self.chosen["split"].value_counts().to_pylist()}
         return {name: counts[name] for name in sorted(counts, key=lambda name: (name != TRAIN, name))}
 
@@ -166,7 +166,7 @@ class ExportSource:
     def digest(self) -> str:
         """A hash of key, sha256 and split of each image.
 
-        Two exports of one digest have the same images. A key alone is also that of an image that was made again.
+        Exports with the same digest have the same images. Keys are not enough: an image made again keeps its key.
         """
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         for batch in self.chosen.to_batches(_IMAGES_AT_ONCE):
@@ -178,9 +178,9 @@ class ExportSource:
 
     @cached_property
     def annotation_digests(self) -> dict[str, str]:
-        """A hash of the values of each annotation: of its files, as its commits name them.
+        """A hash of each annotation, from the hashes of its files in its commits.
 
-        Counted are the shards of the chosen images.
+        Only the shards of the chosen images count.
         Raises: NotFound if an annotation is removed meanwhile; DamagedObject.
         """
         digests = {}
@@ -204,7 +204,7 @@ class ExportSource:
         return found
 
     def pieces(self, shard_size: int) -> list[Piece]:
-        """Cut each split into shards of so many images, in order."""
+        """Cut each split into shards of `shard_size` images, in order."""
         pieces = []
         for split, num_images in self.splits.items():
             is_of_split = pc.equal(self.chosen["split"], split)
@@ -217,7 +217,7 @@ class ExportSource:
 
     @cached_property
     def annotation_columns(self) -> list[_AnnotationColumn]:
-        """The columns of all annotations, as an export names them: `score` of `clip` is `clip_score`."""
+        """The columns of all annotations with their names in an export: `score` of `clip` is `clip_score`."""
         taken = {*self.run.outline.passthrough.names, *self.run.output_format.sources}
         columns = []
         for name, shards in self.annotated.items():
@@ -233,16 +233,16 @@ class ExportSource:
 
     @cached_property
     def columns(self) -> pa.Schema:
-        """The columns beside those of every record: passthrough, annotations, the size of resized images."""
+        """The columns in addition to those of every record: passthrough, annotations, the size of resized images."""
         fields = [*self.run.outline.passthrough]
         fields += [pa.field(column.name, column.kind) for column in self.annotation_columns]
         return pa.schema([*fields, *(_STORED_SIZE if self.max_side else ())])
 
     def samples(self, piece: Piece, scratch: Path) -> list[Sample]:
-        """Copy the images of a piece into a folder. Returns: them with their records, in order.
+        """Copy the images of a piece into a folder. Returns: the images with their records, in order.
 
         Raises: DamagedObject for an image that is missing or differs from its metadata; JobError if images or
-        annotations were made again since this was opened.
+        annotations were made again since the source was opened.
         """
         samples = []
         for shard, hashes in piece.hashes.items():
@@ -260,7 +260,7 @@ class ExportSource:
         return samples
 
     def _records(self, shard: int, hashes: Mapping[str, str]) -> dict[str, ImageRecord]:
-        """Read the records of images, given their sha256; annotations are among their passthrough columns.
+        """Read the records of images by their sha256, with annotations as further passthrough columns.
 
         Raises: JobError if the images, or their annotations, were made again.
         """
@@ -281,7 +281,7 @@ class ExportSource:
         return ImageRecord(**fields, sampling=sampling, passthrough={**own, **annotations})
 
     def _annotations(self, shard: int) -> dict[str, dict[str, Any]]:
-        """Read the annotations of a shard by key; those made after this was opened are null."""
+        """Read the annotations of a shard by key; annotations made after the source was opened are null."""
         values: dict[str, dict[str, Any]] = {}
         for name, hashes in self._annotation_hashes.items():
             if shard not in hashes:
@@ -315,7 +315,7 @@ class ExportSource:
         return annotated_shards(self.run)
 
     def _read(self, shard: int, records: Mapping[str, ImageRecord], scratch: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield the images of some records, and their source images; their bytes are those of the metadata."""
+        """Yield the images of some records and their source images, checked against the metadata."""
         files: dict[str, dict[str, int]] = {}
         for record in records.values():
             sizes = files.setdefault(str(record.file_name), {})
@@ -338,7 +338,7 @@ class ExportSource:
     def _read_file(
         self, shard: int, file_name: str, sizes: Mapping[str, int], scratch: Path
     ) -> Iterator[tuple[str, bytes]]:
-        """Yield images of a file: of a whole copy if most are wanted, else by their ranges."""
+        """Yield images of a file: from a local copy if most are wanted, else by ranges of the stored file."""
         output_format = self.run.output_format
         is_shard = output_format.location(self.run.name(shard)) == file_name
         num_images = len(sizes) / (1 + len(output_format.sources))
@@ -363,9 +363,9 @@ class ExportSource:
             )
 
     def _stored(self, record: ImageRecord, data: bytes, source: str) -> tuple[ImageRecord, bytes]:
-        """Return an image as it is stored: as it is, or smaller, or finished, where that is asked for.
+        """Return an image as it is exported: resized and passed to `finish` if the options ask for it.
 
-        A source image is not finished, since that is for what was made.
+        Source images are not passed to `finish`, which is for generated images only.
         """
         if source:
             return self._stored_source(record, data, source)
@@ -387,13 +387,13 @@ class ExportSource:
         return replace(record, passthrough=passthrough), data
 
     def _finished(self, record: ImageRecord, data: bytes) -> bytes:
-        """Return what `finish` makes of an image. Raises: JobError if it is no such image, or has lost its label."""
+        """Return the result of `finish` for an image. Raises: JobError if it is not such an image or lost its label."""
         assert self.finished is not None
         try:
             data = self.finished(data, record_row(record, self.columns))
             with Image.open(io.BytesIO(data)) as image:
                 kind = str(image.format).lower()
-        except Exception as error:  # it is somebody else's code
+        except Exception as error:  # a user's code raises anything
             raise JobError(f"--finish {self.finish}: image {record.key}: {one_line(error)}") from error
         if kind != self.run.config.output.image.type:
             raise JobError(f"--finish {self.finish}: image {record.key}: has become {kind}")
@@ -406,18 +406,18 @@ class ExportSource:
 
 
 def _hash_in(commit: Commit, path: str) -> str | None:
-    """Return the sha256 of a file, as a commit names it."""
+    """Return the sha256 of a file in a commit; None if it is not named there."""
     return next((file.sha256 for file in commit.files if file.path == path), None)
 
 
 def _made(shard: int, rows: pa.Table) -> pa.Table:
-    """Return the made images of a shard."""
+    """Return the successful images of a shard."""
     made = rows.filter(pc.equal(rows["status"], "success"))
     return pa.table([made["key"], made["sha256"], pa.array([shard] * made.num_rows, pa.int32())], schema=_KEPT)
 
 
 def _shrunk(data: bytes, max_side: int, config: ImageConfig, *, is_source: bool = False) -> tuple[bytes, int, int]:
-    """Return an image of at most `max_side` pixels a side, and its size. Its label stays inside, if it has one."""
+    """Return an image with sides of at most `max_side` pixels, and its size. Its AI label is kept, if it has one."""
     with Image.open(io.BytesIO(data)) as image:
         if max(image.size) <= max_side:
             return data, image.width, image.height

@@ -1,1 +1,1 @@
-"""The way to the Hugging Face Hub."""
+"""The publication on the Hugging Face Hub."""

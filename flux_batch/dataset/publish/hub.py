@@ -1,4 +1,4 @@
-"""A data set repository of the Hugging Face Hub: what is in it, and commits to it, tried again where that may help."""
+"""A data set repository of the Hugging Face Hub: its files, and commits to it, with retries."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 _SCHEME = "hf://datasets/"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# 409 and 412: a commit of somebody else came in between.
+# 409 and 412: another commit came in between.
 _TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _CLIENTS = {"httpx", "httpx2", "httpcore2", "requests"}
-# What the Hub may keep in git itself is smaller than this, and is sent with the commit: it stays in memory until then.
+# Files that the Hub may keep in git itself are smaller than this. They stay in memory until the commit sends them.
 _IN_MEMORY_BYTES = 10_000_000
-# The Hub is waited for so long, once it has answered.
+# Seconds to wait for the Hub during an outage, if it has answered before.
 _OUTAGE_S = 600.0
 _TIMEOUT_S = 10.0
 _LOG_IN = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write there"
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository: its size, its sha256 if it is a large one, else git's hash of its contents."""
+    """A file of a repository: its size, and its sha256 if it is large, else git's hash of its contents."""
 
     size: int
     sha256: str
@@ -73,7 +73,7 @@ class HubDataset:
             raise JobError(f"{self.address}: there is no token for the Hub: {_LOG_IN}")
 
     def create(self, *, private: bool) -> None:
-        """Create the repository unless it is there."""
+        """Create the repository unless it exists."""
         self._call(lambda: self._api.create_repo(self._name, repo_type="dataset", private=private, exist_ok=True))
 
     def files(self) -> dict[str, HubFile]:
@@ -94,9 +94,9 @@ class HubDataset:
         return Path(self._call(download)).read_bytes()
 
     def upload(self, path: str, data: Path) -> CommitOperationAdd:
-        """Upload a file, which no reader sees before it is committed. What the Hub has already is not sent.
+        """Upload a file. Readers see it only after its commit. A file that the Hub already has is not sent.
 
-        The local file is not needed after that.
+        The local file is not needed afterwards.
         """
         from huggingface_hub import CommitOperationAdd
 
@@ -114,7 +114,7 @@ class HubDataset:
         operations, attempts = [*files], iter(range(2**31))
 
         def commit() -> None:
-            # The answer to an attempt may have been lost.
+            # The answer to an earlier attempt may have been lost.
             if next(attempts) and self._has(operations):
                 return
             self._api.create_commit(self._name, operations, commit_message=message, repo_type="dataset")
@@ -138,9 +138,9 @@ class HubDataset:
         return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="flux-batch")
 
     def _reach(self) -> None:
-        """Ask the Hub something small, unless it has answered before. Raises: StoreError if it does not answer.
+        """Send the Hub a small request, unless it has answered before. Raises: StoreError if it does not answer.
 
-        Other requests have no time limit.
+        This check is needed because other requests have no time limit.
         """
         if self._has_answered:
             return
@@ -150,7 +150,7 @@ class HubDataset:
 
         try:
             first_contact(self._policy).retry(ask, _is_silence, self.address)
-        except Exception as error:  # the clients of the Hub raise anything; a refusal is an answer, too
+        except Exception as error:  # clients of the Hub raise anything; a refusal is also an answer
             if _is_silence(error):
                 raise StoreError(f"{self.address}: the Hub cannot be reached: {one_line(error)}") from error
             if http_status(error) is None:
@@ -158,13 +158,13 @@ class HubDataset:
         self._has_answered = True
 
     def _call(self, function: Callable[[], T]) -> T:
-        """Ask the Hub. Raises: StoreRefused for what another try will not change, StoreError."""
+        """Call the Hub. Raises: StoreRefused for errors that a retry cannot fix, else StoreError."""
         try:
             self._reach()
             return self._policy.retry(function, _is_transient, self.address)
         except FluxBatchError:
             raise
-        except Exception as error:  # the clients of the Hub raise anything; what they say is passed on
+        except Exception as error:  # clients of the Hub raise anything; their message is passed on
             status = http_status(error)
             if status in (401, 403):
                 raise StoreRefused(f"{self.address}: the Hub answered {status}: {_LOG_IN}") from error

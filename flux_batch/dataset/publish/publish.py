@@ -3,12 +3,12 @@
     README.md                        the card
     samples.jpg                      some of the images
     SPLIT/NNNNN.parquet              the images; also .tar
-    publication.json                 what is published: a publication of something else is refused
+    publication.json                 the identity of the publication: another one in its place is refused
 
-The order: card and publication.json in the first commit, then the shards. A shard is packed on the local disk, uploaded
-and removed; a commit makes the uploaded ones seen: first one, then two, four, up to 50, so that a killed publication
-has lost little, and a long one makes few commits. What is committed is never packed again; what was uploaded before a
-kill is packed again, since its hash is needed, and not sent again, since the Hub has it.
+The first commit has the card and publication.json; then come the shards. Each shard is packed on the local disk,
+uploaded, and removed. A commit makes uploaded shards visible: first one, then two, four, up to 50 at a time, so that a
+killed publication loses little and a long one makes few commits. Committed shards are never packed again. Shards that
+were uploaded but not committed before a kill are packed again, since their hash is needed, but not sent again.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _Format: TypeAlias = Literal["parquet", "webdataset"]
 
 _IDENTITY = "publication.json"
 _SAMPLES = "samples.jpg"
-# Shards that are packed and uploaded at once; each has its images on the local disk meanwhile.
+# The number of shards to pack and upload at once; the images of each are on the local disk meanwhile.
 _SHARDS_AT_ONCE = 4
-# The Hub asks for no more than 128 commits an hour.
+# The largest number of shards in a commit: the Hub allows 128 commits an hour.
 _MOST_A_COMMIT = 50
 
 
@@ -68,9 +68,9 @@ def publish(
     private: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Published:
-    """Publish the images of a run, or of a selection; go on with what a killed publication left.
+    """Publish the images of a run or a selection, or resume a killed publication.
 
-    Raises: JobError without a licence or a token, or if another data set is there; StoreError.
+    Raises: JobError without a licence or a token, or if the repository has another data set; StoreError.
     """
     if not licence:
         raise JobError(
@@ -90,7 +90,7 @@ def publish(
     _upload_all(packer, hub, missing, lambda number: on_progress(len(pieces) - len(missing) + number, len(pieces)))
     files = hub.files() if missing else files
     if lost := [name for name in names.values() if name not in files]:
-        raise StoreError(f"{hub.address}: {lost[0]} is not there after all; run the same command again")
+        raise StoreError(f"{hub.address}: {lost[0]} is missing after the upload; run the same command again")
     num_bytes = sum(files[name].size for name in names.values())
     return Published(hub.address, packer.source.splits, len(pieces), len(missing), num_bytes)
 
@@ -105,7 +105,7 @@ def format_published(published: Published) -> str:
 
 
 def _begin(packer: Packer, hub: HubDataset, files: Mapping[str, HubFile], shard_size: int, licence: str) -> None:
-    """Commit the card and what is published, where they are not there yet."""
+    """Commit the card and publication.json if they are missing or outdated."""
     identity = packer.identity(shard_size)
     body = json.dumps(identity, indent=1, sort_keys=True).encode()
     if _IDENTITY in files:
@@ -131,7 +131,7 @@ def _read_identity(hub: HubDataset) -> dict[str, Any]:
 
 
 def _upload_all(packer: Packer, hub: HubDataset, pieces: Sequence[Piece], done: Callable[[int], None]) -> None:
-    """Pack, upload and commit pieces, a group at a time: its commit comes before the next group is begun."""
+    """Pack, upload and commit pieces in groups; each group is committed before the next one begins."""
     first, most = 0, 1
     with ThreadPoolExecutor(_SHARDS_AT_ONCE, "publish") as pool:
         while group := pieces[first : first + most]:

@@ -1,1 +1,1 @@
-"""The choice of images: a selection under a name, which can be repeated."""
+"""The selection of images, stored under a name and reproducible."""

@@ -1,4 +1,4 @@
-"""The tables of a run as files: the metadata and the annotations of its committed shards, column by column."""
+"""The tables of a run: the metadata and annotations of its committed shards, read by column."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def annotated_shards(run: SavedRun) -> dict[str, set[int]]:
 
 
 def read_tables(run: SavedRun, shards: Iterable[int], annotation: str | None, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield columns of the metadata, or of an annotation, a table a shard, in order; few are in memory at once.
+    """Yield columns of the metadata or an annotation: a table for each shard, in order, with few in memory.
 
     Raises: NotFound; DamagedObject for a file that cannot be read or has other columns.
     """
@@ -48,9 +48,9 @@ def read_tables(run: SavedRun, shards: Iterable[int], annotation: str | None, sc
 
 
 def read_schema(run: SavedRun, annotation: str | None, shard: int) -> pa.Schema:
-    """Read the columns of the metadata, or of an annotation. Their types are portable ones.
+    """Read the schema of the metadata or an annotation, with portable types.
 
-    Raises: as `read_tables`.
+    Raises: the errors of `read_tables`.
     """
     key = _file(run, annotation, shard)
     data = run.store.read(key)
@@ -67,7 +67,7 @@ def _read(run: SavedRun, annotation: str | None, shard: int, schema: pa.Schema) 
 
 
 def table_of(data: bytes, schema: pa.Schema, url: str) -> pa.Table:
-    """Return columns of a Parquet file. Raises: DamagedObject, with its `url`, if it cannot be read or has others."""
+    """Return columns of a Parquet file. Raises: DamagedObject, with its `url`, if it is unreadable or lacks them."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             return file.read(schema.names, use_threads=False).select(schema.names).cast(schema)

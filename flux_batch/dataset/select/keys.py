@@ -1,4 +1,4 @@
-"""Lists of keys, as the gallery or anybody writes them: text, CSV, JSON, Parquet."""
+"""Lists of keys, as the gallery or other programs write them: text, CSV, JSON, Parquet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_batch.storage.store import Store
 
 
 def read_keys(uri: str) -> list[str]:
-    """Read a list of keys: one a line; the column `key` of CSV or Parquet; a JSON list of keys or of objects.
+    """Read a list of keys: lines of text; the column `key` of CSV or Parquet; a JSON list of keys or of objects.
 
     Raises: JobError if there is no such file or it holds no keys.
     """

@@ -1,6 +1,6 @@
-"""Near-duplicates: the best image of each group stays, and every other one is near to one that stays.
+"""Near-duplicates: images are kept from the best on, and each image near to a kept one is dropped.
 
-Exact, not approximate, so that a selection is the same each time; the work grows with the square of the images.
+The search is exact, so that a selection is reproducible; its work grows with the square of the images.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 
 _Matrix: TypeAlias = NDArray[np.bool_]
 _Values: TypeAlias = NDArray[Any]
-# Images compared with those that stay at once; a block of distances is 8 MB or less.
+# The size of a block of comparisons with kept images; its distances take 8 MB or less.
 _ROWS, _COLUMNS = 512, 2048
-# The cosine of two equal embeddings, summed in float32, may be so much below 1.
+# The cosine of two equal embeddings, summed in float32, may be below 1 by this much.
 _ROUNDING = 1e-6
 
 
 def near_hashes(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
     """Find the hashes within `distance` bits, of 64, of a better one.
 
-    hashes: [n], the best first. Returns: [n], the place of the one that stays instead; its own for one that stays.
+    hashes: [n], the best first. Returns: [n], for each hash the index of the kept hash near it; its own if it is kept.
     """
 
     def is_near(some: NDArray[np.uint64], others: NDArray[np.uint64]) -> _Matrix:
         return np.asarray(np.bitwise_count(some[:, None] ^ others[None, :]) <= distance, np.bool_)
 
-    # Equal ones first: a run of few prompts has many, and they need no comparison.
+    # Equal hashes first: a run with few prompts has many, and they need no comparison.
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     order = np.sort(first)
     near = _near(hashes[order], is_near)
@@ -38,7 +38,7 @@ def near_hashes(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
 def near_embeddings(embeddings: NDArray[np.float32], distance: float) -> NDArray[np.int64]:
     """Find the embeddings within `distance`, 1 - cosine, of a better one.
 
-    embeddings: [n, d], the best first. Returns: as `near_hashes`.
+    embeddings: [n, d], the best first. Returns: like `near_hashes`.
     """
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -50,7 +50,7 @@ def near_embeddings(embeddings: NDArray[np.float32], distance: float) -> NDArray
 
 
 def _near(values: _Values, is_near: Callable[[_Values, _Values], _Matrix]) -> NDArray[np.int64]:
-    """Go through the values from the best: each stays unless it is near to one that stays."""
+    """Keep values, the best first, unless they are near to a kept one. Returns: like `near_hashes`."""
     stays_instead = np.arange(len(values))
     kept = np.empty(0, np.int64)
     for start in range(0, len(values), _ROWS):
@@ -68,7 +68,7 @@ def _near(values: _Values, is_near: Callable[[_Values, _Values], _Matrix]) -> ND
 
 
 def _keep_among(matrix: _Matrix, rows: NDArray[np.int64], stays_instead: NDArray[np.int64]) -> _Matrix:
-    """Mark those of a block that stay, and note which stays instead of others."""
+    """Keep values of a block, and store for each dropped one the kept one."""
     stays = np.ones(len(rows), np.bool_)
     for number in range(len(rows)):
         if stays[number]:

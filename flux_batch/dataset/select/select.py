@@ -1,7 +1,8 @@
-"""The selection of images: from an expression, keys, near-duplicates, the best by a column, a number, into splits.
+"""The selection of images, in steps, and their splits.
 
-The steps follow one another in this order, each over what the one before it left. Same run, same criteria: same
-selection, since order and dice come from keys and ids alone.
+The steps: keys, an expression, near-duplicates, the best by a column, a fixed number. Each works on the images that the
+previous one left. The same run and criteria give the same selection, since order and random choice depend only on keys
+and ids.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from flux_batch.output.paths import METADATA, TRAIN
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
 
-# Of 64 bits, as imagededup's PHash (idealo/imagededup, methods/hashing.py: max_distance_threshold).
+# In bits of 64, as in imagededup's PHash (idealo/imagededup, methods/hashing.py: max_distance_threshold).
 _HASH_DISTANCE = 10
 # 1 - cosine.
 _EMBEDDING_DISTANCE = 0.05
-# Shares of splits are compared as whole parts of this.
+# Shares of splits are computed in whole parts of this number.
 _PARTS = 1_000_000
 _SHOWN_KEYS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Criteria:
-    """The criteria of a selection; expressions are DuckDB's, over the columns of the metadata and the annotations."""
+    """The criteria of a selection. Expressions are DuckDB's, over columns of the metadata and the annotations."""
 
     where: str | None = None
     keys: str | None = None  # the address of a list of keys
     dedup: str | None = None  # phash, or a column of hashes or embeddings
     distance: float | None = None
-    by: str | None = None  # the greater the better
+    by: str | None = None  # greater is better
     within: str | None = None
     top: int | None = None
     take: int | None = None
@@ -49,7 +50,7 @@ class Criteria:
     stratify: str | None = None
 
     def expressions(self) -> list[str]:
-        """Return the expressions that are asked for."""
+        """Return the expressions of the criteria."""
         return [text for text in (self.where, self.dedup, self.by, self.within, self.stratify) if text is not None]
 
 
@@ -61,7 +62,7 @@ class Selected:
     uri: str
     is_new: bool
     num_rows: int
-    left_out: Mapping[str, int]  # why -> images, in the order of the steps
+    left_out: Mapping[str, int]  # reason -> number of images, in the order of the steps
     splits: Mapping[str, int]
     num_shards: int
     num_planned: int
@@ -75,7 +76,7 @@ class Selected:
 def select(store: Store, name: str, criteria: Criteria, *, replace: bool = False) -> Selected:
     """Choose images of a run and write them as a selection.
 
-    Raises: JobError for criteria that cannot be met, or another selection of that name; StoreError.
+    Raises: JobError for criteria that cannot be met, or if another selection has that name; StoreError.
 
     >>> chosen = select(Store("out/done"), "half", Criteria(where="width = 16", take=5))
     >>> chosen.num_rows, dict(chosen.splits)
@@ -98,7 +99,7 @@ def select(store: Store, name: str, criteria: Criteria, *, replace: bool = False
 
 
 def format_selected(selected: Selected) -> str:
-    """Return a table of what was chosen, and what was left out and why."""
+    """Return a table with the numbers of chosen images and of left-out images by reason."""
     shown = [("images of the run", selected.num_rows)]
     shown += [(f"- {why}", number) for why, number in selected.left_out.items()]
     shown += [("= chosen", selected.num_chosen)]
@@ -135,7 +136,7 @@ class _Chooser:
         ((self.num_rows,),) = tables.rows(f"SELECT count(*) FROM {METADATA}")
 
     def choose(self, keys: Sequence[str] | None) -> dict[str, int]:
-        """Run the steps. Returns: why images were left out, and how many."""
+        """Run the steps. Returns: reason -> number of images that were left out."""
         self.tables.rows(
             "CREATE TABLE chosen AS SELECT ordinal, key, id, 0::BIGINT AS rank, '' AS best_of, 0::BIGINT AS instead_of "
             f"FROM {METADATA} WHERE status = 'success'"
@@ -204,7 +205,7 @@ class _Chooser:
         self.tables.rows("DROP TABLE answers")
 
     def _rank(self, **expressions: str) -> None:
-        """Make the table `ranked`: value, and place from the best by `--by`, else in the order of the run."""
+        """Create the table `ranked`: the score by `--by` and the expressions of each image."""
         by = self._criteria.by or "NULL"
         self.tables.rows(f"CREATE OR REPLACE TABLE ranked AS {self.tables.values(score=by, **expressions)}")
         if self._criteria.by and self.tables.type_of(by) in ("FLOAT", "DOUBLE"):
@@ -243,7 +244,7 @@ class _Chooser:
         )
 
     def _take(self, take: int) -> None:
-        """Keep exactly so many, drawn by the hash of their keys."""
+        """Keep exactly `take` images, drawn by the hash of their keys."""
         if (left := self._num_chosen()) < take:
             there = f"{count_of(left, 'image')} left, {take - left:,} too few"
             raise JobError(f"--take {take}: {there}: {self._said('no more')}")
@@ -252,7 +253,7 @@ class _Chooser:
         )
 
     def _split(self) -> None:
-        """Make the table `splits`: images of one row of the prompts share a split."""
+        """Create the table `splits`: images of the same prompt row get the same split."""
         number = f"md5_number_lower('split' || id) % {_PARTS}"
         numbered = f"SELECT ordinal, {number} AS number FROM chosen"
         if self._criteria.stratify is not None:
@@ -268,10 +269,10 @@ class _Chooser:
         )
 
     def _stratify(self, stratify: str) -> None:
-        """Make the table `strata`: the place of each id in the group of its first image, in parts of all images."""
+        """Create the table `strata`: the position of each id in the group of its first image, in parts of `_PARTS`."""
         self.tables.rows(f"CREATE TABLE groups AS {self.tables.values(stratum=stratify)}")
         first = "SELECT id, min(ordinal) AS ordinal, count(*) AS num FROM chosen GROUP BY id"
-        # The middle of the place of the first image among those of its group: exact to one row.
+        # The middle of an id's images among those of its group, so that shares are exact to one row.
         before = "sum(num) OVER (PARTITION BY stratum ORDER BY md5('split' || id))::BIGINT - num"
         self.tables.rows(
             f"CREATE TABLE strata AS SELECT id, ((2 * ({before}) + 1) * {_PARTS}) "
@@ -317,6 +318,6 @@ def _matrix(dedup: str, values: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def _text(text: str) -> str:
-    """Return a text as a literal of SQL; an empty one as NULL, which concat_ws leaves out."""
+    """Return a text as a literal of SQL; an empty text as NULL, which concat_ws skips."""
     escaped = text.replace("'", "''")
     return f"'{escaped}'" if text else "NULL"

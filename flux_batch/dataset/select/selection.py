@@ -1,7 +1,7 @@
 """A selection: the images of a run that were chosen, as a table of key, split and reason.
 
 `_run/selections/NAME.parquet` has a row for each chosen image, in the order of the run. The criteria and the counts of
-what was left out stand in the file's own metadata.
+left-out images are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from flux_batch.output.paths import SELECTIONS
 from flux_batch.storage.store import Store
 
 _SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "split", "reason")])
-# The key in the file's metadata of what made it.
+# The key of the criteria and counts in the file's metadata.
 _MADE_BY = b"flux_batch"
 _NAME = re.compile(r"\w[\w.-]*")
 
 
 def write_selection(store: Store, name: str, table: pa.Table, origin: Mapping[str, Any], *, replace: bool) -> bool:
-    """Write a selection, whole. Returns: whether it is new; the same one may be there.
+    """Write a selection atomically. Returns: whether it is new; False if the same one existed.
 
-    Raises: JobError if another one has the name, unless `replace`.
+    Raises: JobError if another selection has the name, unless `replace`.
     """
     text = json.dumps(origin, sort_keys=True, ensure_ascii=False).encode()
     data = parquet_bytes(table.cast(_SCHEMA.with_metadata({_MADE_BY: text})))
@@ -47,7 +47,7 @@ def write_selection(store: Store, name: str, table: pa.Table, origin: Mapping[st
 
 
 def read_selection(store: Store, name: str) -> pa.Table:
-    """Read a selection: key, split, reason. Raises: JobError if there is none; DamagedObject."""
+    """Read a selection: key, split, reason. Raises: JobError if it does not exist; DamagedObject."""
     key = _file(name)
     try:
         table = parquet_table(store.read(key))
@@ -62,12 +62,12 @@ def read_selection(store: Store, name: str) -> pa.Table:
 
 
 def made_by(store: Store, name: str) -> dict[str, Any]:
-    """Read the criteria of a selection, and the counts of what it left out. Raises: as `read_selection`."""
+    """Read the criteria of a selection and the counts of left-out images. Raises: the errors of `read_selection`."""
     return dict(json.loads((read_selection(store, name).schema.metadata or {}).get(_MADE_BY, b"{}")))
 
 
 def check_name(name: str) -> None:
-    """Raise JobError for a name that cannot be a file's."""
+    """Raise JobError for a name that cannot be a file name."""
     if not _NAME.fullmatch(name):
         raise JobError(f"selection {name!r}: a name has letters, digits, '_', '-' and '.' alone")
 
@@ -78,7 +78,7 @@ def _file(name: str) -> str:
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Return how two selections of one name differ."""
+    """Return the differences of two selections of the same name, for a message."""
     before, now = theirs.get("criteria", {}), ours["criteria"]
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if not changed:
@@ -89,6 +89,6 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def difference(name: str, theirs: Any, ours: Any) -> str:
-    """Return how something differs there and here, for a message."""
+    """Return the difference of a value there and here, for a message."""
     there, here = ("none" if value is None else repr(value) for value in (theirs, ours))
     return f"{name} is {there} there, {here} here"

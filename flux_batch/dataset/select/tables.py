@@ -1,7 +1,7 @@
-"""The metadata and annotations of a run as tables of DuckDB. Expressions read them.
+"""The metadata and annotations of a run as tables of DuckDB, for expressions.
 
-Only the columns that an expression names are read. Expressions reach these tables and nothing else: no file, no
-network, no clock, no dice, no second statement.
+Only the columns that an expression names are read. Expressions can reach these tables only: no file, no network, no
+clock, no random numbers, no second statement.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from flux_batch.errors import JobError
 from flux_batch.output.paths import ANNOTATIONS, METADATA
 from flux_batch.report.saved_run import SavedRun
 
-# What DuckDB may use; it needs some 150 bytes an image for a selection by a few numbers.
+# DuckDB's memory limit; it needs about 150 bytes for each image for a selection by a few numbers.
 _MEMORY = "600MB"
-# Shards whose tables are in memory at once, before DuckDB takes them over.
+# The number of shards whose tables are in memory at once, before they are inserted into DuckDB.
 _SHARDS_AT_ONCE = 128
 # Columns of the metadata that every selection needs.
 _NEEDED = ("key", "id", "status")
-# What DuckDB says of a column that is not there.
+# DuckDB's message about a missing column.
 _NO_COLUMN = re.compile(r'Referenced column (".*?") not found in FROM clause!\s+Candidate bindings: ')
-# Nothing from outside, and nothing that changes this later.
+# Settings without access to files or the network, and without a way to change that later.
 _LOCKED = {
     "python_enable_replacements": "false",
     "autoload_known_extensions": "false",
@@ -42,9 +42,9 @@ class Tables:
     """The tables `metadata` and one for each annotation, joined by `key`; `ordinal` is the order of the images."""
 
     def __init__(self, run: SavedRun, expressions: Iterable[str]) -> None:
-        """Check expressions and load what they name.
+        """Check expressions and load the columns that they name.
 
-        Raises: JobError for an expression that cannot be used, DamagedObject for a table that cannot be read.
+        Raises: JobError for an invalid expression, DamagedObject for a table that cannot be read.
         """
         self._run = run
         self._shards = committed_shards(run)
@@ -58,7 +58,7 @@ class Tables:
 
     @property
     def num_shards(self) -> int:
-        """The number of committed shards, which are those that are read."""
+        """The number of committed shards; only these are read."""
         return len(self._shards)
 
     @property
@@ -67,12 +67,12 @@ class Tables:
         return [name for name in self._schemas if name != METADATA]
 
     def values(self, **expressions: str) -> str:
-        """Return a query: the ordinal of each image in the table `chosen`, and the values of expressions."""
+        """Return a query for the ordinals of images in `chosen` and the values of expressions."""
         columns = "".join(f", (\n{text}\n) AS {name}" for name, text in expressions.items())
         return f"SELECT ordinal{columns} FROM {self._joined()}"
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
-        """Run a query. Returns: its rows. Raises: JobError for what the data does not allow, as 'x'::INTEGER."""
+        """Run a query. Returns: its rows. Raises: JobError for a computation that fails, such as 'x'::INTEGER."""
         try:
             return list(self.connection.execute(query, parameters).fetchall())
         except duckdb.OutOfMemoryException as error:
@@ -115,7 +115,7 @@ class Tables:
         self.connection.execute("DROP TABLE chosen")
 
     def _check_alone(self, text: str) -> None:
-        """Raise JobError unless a text is one expression, the same at every time."""
+        """Raise JobError unless a text is one expression with the same value every time."""
         tree = self._parsed(text)
         if tree.get("error"):
             raise JobError(f"{text!r}: is no expression: {tree.get('error_message')}")
@@ -130,7 +130,7 @@ class Tables:
         if len(nodes) != 1 or any(nodes[0].get(name) != empty for name, empty in alone.items()):
             raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
         columns = nodes[0]["select_list"]
-        arguments = columns[0].get("arguments") or columns[0].get("children")  # as DuckDB 2 calls them, and DuckDB 1
+        arguments = columns[0].get("arguments") or columns[0].get("children")  # names of DuckDB 2 and DuckDB 1
         is_empty = columns[0].get("function_name") == "row" and not arguments
         if len(columns) != 1 or is_empty or nodes[0]["from_table"]["type"] != "EMPTY":
             raise JobError(f"{text!r}: must be one expression, as in clip > 0.27")
@@ -139,10 +139,10 @@ class Tables:
         changing = {row[0] for row in self.rows(_CHANGING)}
         for node in _nodes(tree):
             if (name := str(node.get("function_name", "")).lower()) in changing:
-                raise JobError(f"{text!r}: {name}() is another one each time; a selection is the same each time")
+                raise JobError(f"{text!r}: {name}() has another value each time, but a selection must be reproducible")
 
     def _check_distinct(self, text: str) -> None:
-        """Raise JobError for a name that means another column in an expression."""
+        """Raise JobError for a name that differs from another column's only in case."""
         for names in self._names.values():
             for name in sorted(self._named(text) & names.keys()):
                 if name != names[name]:
@@ -150,11 +150,11 @@ class Tables:
                     other = next(others, "the order of the images")
                     raise JobError(
                         f"{text!r}: write {names[name]} for the column {name!r}, "
-                        f"which an expression does not tell from {other}"
+                        f"since an expression cannot distinguish it from {other}"
                     )
 
     def _named(self, text: str) -> set[str]:
-        """Return every name in an expression that may be a column."""
+        """Return every name in an expression that can be a column."""
         return {name for node in _nodes(self._parsed(text)) for name in node.get("column_names", ())}
 
     def _parsed(self, text: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Tables:
         return dict(json.loads(answer))
 
     def _load(self, names: set[str]) -> None:
-        """Create the tables again, of the named columns alone, and fill them."""
+        """Create the tables again with only the named columns, and fill them."""
         for table, schema in self._schemas.items():
             needed = _NEEDED if table == METADATA else ("key",)
             own = self._names[table]
@@ -179,7 +179,7 @@ class Tables:
         self.connection.unregister("batch")
 
     def _fill(self, table: str, columns: Sequence[str]) -> None:
-        """Insert the rows of all shards. NaN becomes NULL: DuckDB has it above every number."""
+        """Insert the rows of all shards. NaN becomes NULL, since DuckDB sorts it above every number."""
         num_rows = 0
         schema = self._schema(table, columns)
         values = ", ".join(_without_nan(field.with_name(self._names[table][field.name])) for field in schema)
@@ -194,11 +194,11 @@ class Tables:
         return pa.schema([self._schemas[table].field(name) for name in columns])
 
     def _distinct_table(self, table: str, rows: pa.Table) -> pa.Table:
-        """Return rows with the names that columns have in expressions."""
+        """Return rows with the columns' names in expressions."""
         return rows.rename_columns([self._names[table][name] for name in rows.column_names])
 
     def _batches(self, table: str, schema: pa.Schema) -> Iterator[pa.Table]:
-        """Yield the rows of a table, of some shards at a time, in order."""
+        """Yield the rows of a table in order, several shards at a time."""
         shards = self._shards
         if table != METADATA:
             shards = sorted({*shards} & annotated_shards(self._run)[table])
@@ -207,7 +207,7 @@ class Tables:
             yield pa.concat_tables(some).combine_chunks()
 
 
-# Functions whose value is not that of their arguments alone.
+# Functions whose value does not depend on their arguments only.
 _CHANGING = """
 SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE' OR function_name = 'age'
 OR (stability = 'CONSISTENT_WITHIN_QUERY' AND len(parameters) = 0)
@@ -225,7 +225,7 @@ def _nodes(tree: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _distinct(table: str, columns: Iterable[str]) -> dict[str, str]:
-    """Return the names of columns in expressions; one that differs only in case from another gets a `_`."""
+    """Return the columns' names in expressions; a name that differs from another only in case gets a `_`."""
     taken, names = {"ordinal"} if table == METADATA else set(), {}
     for name in columns:
         own = name
@@ -247,7 +247,7 @@ def _quoted(name: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the sentence of an error of DuckDB, without its name and place."""
+    """Return the sentence of an error of DuckDB, without its class and position."""
     said = " ".join(str(error).partition("\n\nLINE")[0].split())
     return _NO_COLUMN.sub(r"there is no column \1; near it are ", re.sub(r"^\w+ Error: ", "", said))
 

@@ -1,9 +1,9 @@
 """The program that trains the demo model: `python -m flux_batch.demo.train WORK_FOLDER [--to MODEL_FOLDER]`.
 
 It has seven stages: the autoencoder, the text encoders, the latents of the training images, the transformer, and three
-LoRAs on it. Each keeps its state in the work folder and resumes from there. The default numbers of steps take two CPU
-cores some hours, an hour and a half of it for the transformer; more steps make it better. `--start MODEL_FOLDER` skips
-the first two stages and goes on from that model's transformer; with `--flow-steps 0` it stays as it is.
+LoRAs on it. Each keeps its state in the work folder and resumes from there. The default numbers of steps take some
+hours on two CPU cores, an hour and a half of it for the transformer; more steps improve it. `--start MODEL_FOLDER`
+skips the first two stages and continues from that model's transformer; `--flow-steps 0` leaves that unchanged.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m flux_batch.demo.train", description="Train the demo model.")
     parser.add_argument("work", type=Path, help="folder for the state of training, which resumes from it")
     parser.add_argument("--to", type=Path, help="new folder for the model, in the layout of diffusers")
-    parser.add_argument("--start", type=Path, help="folder of such a model, to go on from its transformer")
+    parser.add_argument("--start", type=Path, help="folder of such a model, to continue from its transformer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16: faster with AMX or on a GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=12_288)
     parser.add_argument("--flow-steps", type=int, default=3400)
     parser.add_argument(
-        "--loras", nargs="*", choices=_LORAS, default=list(_LORAS), help="those to train; all by default"
+        "--loras", nargs="*", choices=_LORAS, default=list(_LORAS), help="the LoRAs to train (default: all)"
     )
     parser.add_argument("--blueprint-steps", type=int, default=400)
     parser.add_argument("--canny-steps", type=int, default=4500)

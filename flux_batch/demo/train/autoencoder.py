@@ -28,14 +28,14 @@ _BATCH = 8
 _BATCH_OF_WHOLE = 4
 _RATE = 1.5e-3
 _MATRIX_RATE = 1.5e-2
-# Weight of the KL term beside the mean absolute error a pixel: the smoothest latents that do not blur images.
+# The weight of the KL term beside the mean absolute error of pixels: the largest that does not blur images.
 _KL_WEIGHT = 8e-3
 FOLD_IMAGES = 64
 _LATENT_NOISE = 0.1
 
 
 def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.device) -> AutoEncoder:
-    """Train the autoencoder, or resume or load it. Returns: it, with statistics folded in."""
+    """Train, resume or load the autoencoder. Returns: the autoencoder with folded statistics."""
     model = make_autoencoder(seed).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = Stage(folder, "autoencoder", num_steps, seed)
@@ -56,7 +56,7 @@ def train_autoencoder(folder: Path, seed: int, num_steps: int, device: torch.dev
 def make_autoencoder(seed: int) -> AutoEncoder:
     """Return an untrained autoencoder with zero residual branches and upsampling that repeats pixels.
 
-    Its decoder is nearly linear at first, and learns colours first.
+    Its decoder is nearly linear at first, and so learns colours first.
     """
     torch.manual_seed(seed)
     model = AutoEncoder(AUTOENCODER)
@@ -119,9 +119,9 @@ def _image_error(output: Tensor, target: Tensor) -> Tensor:
 def fold_statistics(model: AutoEncoder, device: torch.device, rng: random.Random) -> None:
     """Change the weights so that scaled latents have mean 0 and variance 1 a channel. The images stay the same.
 
-    The variance is that of the means plus that of samples about them, so that an unused channel stays small. The
-    encoder's last convolution writes z = a z' + b, the decoder's first one reads it back. This is exact except at the
-    border, where the decoder pads with 0 as before; the training of the decoder mends that.
+    The variance is that of the means plus that of samples around them, so that an unused channel stays small. The
+    encoder's last convolution writes z = a z' + b, and the decoder's first one inverts it. This is exact except at the
+    border, where the decoder still pads with 0; the training of the decoder corrects that.
     """
     image = images(rng, FOLD_IMAGES, _SIDE).to(device, memory_format=torch.channels_last)
     moments = torch.cat([model.encoder(part) for part in torch.split(image, 8)])

@@ -1,9 +1,9 @@
 """An auxiliary head that classifies the thing at each image token, in training.
 
-A thing covers few pixels, and its shape changes few of those: the error of the velocity hardly shows whether the prompt
-was understood. The head, on a middle layer of the transformer, must predict shape, colour and size at each token, which
-shows it from the first step and leaves the best velocity as it was. It is dropped when training ends. The idea is that
-of REPA (arXiv:2410.06940), with the facts of the scene in place of another network's features.
+A thing covers few pixels, and its shape affects few of those, so the error of the velocity hardly shows whether the
+prompt was understood. The head, on a middle layer of the transformer, must predict shape, colour and size at each
+token, which gives a signal from the first step and does not change the optimal velocity. It is dropped after training.
+The idea is that of REPA (arXiv:2410.06940), with the facts of the scene in place of another network's features.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flux_batch.demo.world.captions import COLOURS, SHAPES, SIZES, Scene
 from flux_batch.model.transformer import Flux
 from flux_batch.sampling_params import TOKEN_SIDE_PX
 
-# The single block that feeds the head: by then, each image token has attended to the text twice or more.
+# The single block that feeds the head: after it, each image token has attended to the text at least twice.
 BLOCK = 1
 # Classes of shape, colour and size; the first of each is `no thing`.
 _NUM_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES))
@@ -26,7 +26,7 @@ _NOTHING = (0, 0, 0)
 
 
 class AuxiliaryHead(nn.Module):
-    """The head, and the last output of the layer it is hooked to: (b, tokens, hidden)."""
+    """The head, and the last output of the layer to which it is hooked: (b, tokens, hidden)."""
 
     def __init__(self, model: Flux) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The training of the demo model's transformer: flow matching, then distillation of guidance into its embedding.
 
-Until `_GUIDED_FROM` of the steps the model learns the velocity of the data at every guidance. From then on guidance 1
-goes on with that, and every other guidance g learns the result of classifier-free guidance: the velocity for the empty
-prompt plus `1 + GUIDANCE_GAIN (g - 1)` times its difference to the velocity for the prompt.
+For the first share `_GUIDED_FROM` of the steps the model learns the velocity of the data at every guidance. After that,
+guidance 1 still learns it, and every other guidance g learns the result of classifier-free guidance: the velocity for
+the empty prompt plus `1 + GUIDANCE_GAIN (g - 1)` times its difference to the velocity for the prompt.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from flux_batch.model.transformer import Flux
 _MATRIX_RATE = 2e-2
 _RATE = 2e-3
 _EMA_DECAY = 0.999
-# Image tokens a step, at all image sizes.
+# Image tokens in a step, for every image size.
 TOKENS_A_STEP = 64 * 64
-# T5 lengths, step after step, and the share of a full batch at each.
+# T5 lengths, used in turn, and the share of a full batch for each.
 _T5_LENGTHS = (
     (40, 1.0),
     (64, 0.8),
@@ -47,14 +47,14 @@ _T5_LENGTHS = (
     (40, 1.0),
     (512, 0.2),
 )
-# Mean and deviation of the logit of the time. Flat colours show through much noise, so that things are placed at times
-# above 0.85, which a third of all steps must therefore see.
+# Mean and deviation of the logit of the time. Flat colours are visible through much noise, so positions are decided at
+# times above 0.85, and a third of all steps must be there.
 _LOGIT_MEAN, _LOGIT_STD = 1.2, 1.3
 # Things cover a tenth of an image and have most of its facts.
 THING_WEIGHT = 4.0
 # Weight of the auxiliary head's loss beside that of the velocity.
 _AUXILIARY_WEIGHT = 0.1
-# Shares of the steps at which the learning rate begins to fall and guidance is added.
+# Shares of the steps after which the learning rate falls and guidance is added.
 _LEVEL_UNTIL = 0.25
 _GUIDED_FROM = 0.85
 _GUIDANCE_GAIN = 0.5
@@ -66,8 +66,8 @@ class TrainBatch:
     """A batch of images and texts.
 
     clean: tokens (b, n, 64); weights: of each token (b, n); classes: of the thing at each token (b, n, 3), for the
-    auxiliary head; control: tokens (b, n, 64) of a control image, which go into the channels behind as in FLUX.1-Canny;
-    reference: those of an image of the same size, which come before the others as in FLUX.1-Kontext.
+    auxiliary head; control: tokens (b, n, 64) of a control image, appended to the channels as in FLUX.1-Canny;
+    reference: tokens of an image of the same size, which come before the image's as in FLUX.1-Kontext.
     """
 
     clean: Tensor
@@ -103,7 +103,7 @@ class Trainer:
         )
 
     def start_from(self, transformer: Flux) -> None:
-        """Load the weights of a transformer of the same width; blocks that it lacks change nothing at first."""
+        """Load the weights of a transformer of the same width; blocks that it lacks have no effect at first."""
         for model in (self.model, self.mean):
             keys = model.load_state_dict(transformer.state_dict(), strict=False)
             if keys.unexpected_keys or not all(key.startswith("single_blocks.") for key in keys.missing_keys):
@@ -193,7 +193,7 @@ class Trainer:
 
 
 def train_flow(folder: Path, trainer: Trainer, pools: list[Pool], seed: int, num_steps: int) -> Flux:
-    """Train the transformer, or resume or load it. Returns: its moving average."""
+    """Train, resume or load the transformer. Returns: its moving average."""
     stage = Stage(folder, "flow", num_steps, seed)
     if stage.is_done:
         trainer.mean.load_state_dict(load(stage.path)["mean"])
@@ -234,8 +234,8 @@ def make_batch(pools: list[Pool], rng: random.Random, step: int, device: torch.d
 def initialise(model: Flux) -> Flux:
     """Return the model with weights for which it predicts 0: each branch ends in zeros behind an open gate.
 
-    Queries and keys begin with a random constant, so that attention depends on the position of tokens before it depends
-    on their content: positions are learned sooner.
+    Queries and keys start with a random constant, so that attention first depends on the positions of tokens and only
+    later on their content. Positions are then learned sooner.
     """
     hidden = model.params.hidden_size
     for name, module in model.named_modules():

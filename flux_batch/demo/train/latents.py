@@ -1,4 +1,4 @@
-"""The latents of drawn scenes, made once and read at every training step."""
+"""The latents of drawn scenes, computed once and read at every training step."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def _make_pool(
 def token_weights(scene: Scene, width: int, height: int, thing_weight: float) -> Tensor:
     """Return the weight of each token's error: 1, or `thing_weight` where a thing may stand: (tokens,).
 
-    The places follow from the caption and not from the image, so that the best velocity for the weighted error is also
-    the best for the plain one.
+    The places follow from the caption, not from the image, so the optimal velocity for the weighted error is also
+    optimal for the unweighted one.
     """
     weights = torch.ones(height // TOKEN_SIDE_PX, width // TOKEN_SIDE_PX)
     for left, top, right, bottom in thing_boxes(scene, width, height):

@@ -1,8 +1,8 @@
 """An optimizer for small machines: Muon for matrices, AdamW for the rest.
 
-Source of the method and its five coefficients: KellerJordan/Muon, muon.py. torch.optim.Muon takes no convolutions and
-works in bfloat16 always, which is slow on CPUs without instructions for it. In this project's training it takes a third
-of the steps AdamW takes.
+Source of the method and its five coefficients: KellerJordan/Muon, muon.py. torch.optim.Muon supports no convolutions
+and always works in bfloat16, which is slow on CPUs without instructions for it. In this training Muon needs a third of
+the steps of AdamW.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """One optimizer of two: Muon for the inner matrices of a model, AdamW for the rest."""
+    """Two optimizers in one: Muon for the inner matrices of a model, AdamW for the rest."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Optimizer:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return nearly the closest orthogonal matrix, by Newton-Schulz iteration: (m, n) -> (m, n)."""
+    """Return an approximation of the closest orthogonal matrix, by Newton-Schulz iteration: (m, n) -> (m, n)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)

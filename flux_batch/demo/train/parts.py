@@ -25,7 +25,7 @@ from flux_batch.model.text.clip import ClipEncoder
 from flux_batch.model.text.t5 import T5Encoder
 from flux_batch.model.transformer import Flux
 
-# The release of diffusers that wrote the real folder; readers ask it which old habits to expect.
+# The release of diffusers that wrote the real folder; readers use it to choose the right behaviour.
 _DIFFUSERS_VERSION = "0.30.0"
 CLIP_WIDTH, _CLIP_HEADS, _CLIP_LAYERS = 128, 2, 2
 T5_WIDTH, _T5_HEADS, _T5_LAYERS = 128, 4, 3
@@ -35,7 +35,7 @@ TRANSFORMER = replace(
     context_in_dim=T5_WIDTH,
     hidden_size=256,
     mlp_hidden_dim=1024,
-    num_heads=2,  # of 128, as in FLUX.1: rotary axes and attention kernels are then the real ones
+    num_heads=2,  # of size 128, as in FLUX.1, so that rotary axes and attention kernels are the real ones
     depth=1,
     depth_single_blocks=5,
 )
@@ -67,7 +67,7 @@ def write_model(
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write bfloat16 safetensors."""
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    # Not save_file, which makes files that other users of a shared cache cannot read.
+    # Not save_file: other users of a shared cache could not read its files.
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -122,7 +122,7 @@ def clip_config(vocab_size: int) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "dropout": 0.0,
-        # The legacy value of the real file: the end of a text is then the place of the largest id.
+        # The legacy value of the real file, which means that a text ends at its largest id.
         "eos_token_id": 2,
         "hidden_act": "quick_gelu",
         "hidden_size": CLIP_WIDTH,

@@ -1,4 +1,4 @@
-"""The stages of training, which resume where they were stopped; knows no model.
+"""The stages of training, which resume where they were stopped.
 
 Every step draws from generators seeded by (seed, stage, step), so that a resumed stage draws the same numbers.
 """
@@ -35,7 +35,7 @@ class Stage:
         return self.path.exists() and load(self.path)["step"] >= self.num_steps
 
     def steps(self, state: Mapping[str, Any]) -> Iterator[int]:
-        """Yield the steps that are left; load `state` (parts with a state dict) first, save it every two minutes."""
+        """Yield the remaining steps; first load `state` (parts with a state dict), then save it every two minutes."""
         start = 0
         if self.path.exists():
             saved = load(self.path)
@@ -71,7 +71,7 @@ class Stage:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
     def share_of_rate(self, step: int, level_until: float = 0.0) -> float:
-        """Return the learning rate as a share of its peak: it rises briefly, stays, then falls straight to 0."""
+        """Return the learning rate as a share of its peak: it rises briefly, stays, then falls linearly to 0."""
         left = (1.0 - step / self.num_steps) / (1.0 - level_until)
         return min((step + 1) / WARM_UP, 1.0, left)
 

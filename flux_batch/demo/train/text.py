@@ -24,14 +24,14 @@ from flux_batch.model.text.t5 import T5Encoder, T5Model, t5_params
 
 _RATE = 2e-3
 _MATRIX_RATE = 1e-2
-# T5 lengths, step after step, and the number of texts at each: the amount of padding must not matter.
+# T5 lengths, used in turn, and the number of texts for each: the amount of padding must not matter.
 _T5_LENGTHS = ((40, 96), (64, 64), (40, 96), (96, 48), (64, 64), (192, 24), (40, 96), (512, 8))
 _NUM_CAPTIONS = 4000
 _CAPTION_SEED = 0
 
 
 class _FactReader(nn.Module):
-    """A linear classifier of each fact: (..., width) -> logits (..., answers) a fact."""
+    """A linear classifier for each fact: (..., width) -> logits (..., answers) for each fact."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _FactReader(nn.Module):
 
 
 def train_text(folder: Path, seed: int, num_steps: int, device: torch.device) -> tuple[ClipEncoder, T5Encoder]:
-    """Train both encoders, or resume or load them. Returns: them, rounded to bfloat16 as they are shipped."""
+    """Train, resume or load both encoders. Returns: the encoders, rounded to bfloat16 as they are shipped."""
     torch.manual_seed(seed)
     clip, t5 = _make_encoders(folder)
     stage = Stage(folder, "text", num_steps, seed)
@@ -107,7 +107,7 @@ def _train_encoders(
 
 
 def _loss_and_hits(logits: list[Tensor], answers: Tensor) -> tuple[Tensor, float]:
-    """Return the mean cross entropy, and the share of states that have every fact right."""
+    """Return the mean cross entropy, and the share of states with all facts right."""
     losses = [F.cross_entropy(part, answers[:, fact]) for fact, part in enumerate(logits)]
     hits = torch.stack([part.argmax(dim=-1) == answers[:, fact] for fact, part in enumerate(logits)])
     return torch.stack(losses).mean(), float(hits.all(dim=0).float().mean())

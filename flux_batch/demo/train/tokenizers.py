@@ -1,7 +1,7 @@
-"""The two tokenizers of the demo model, trained on its captions; knows no weights.
+"""The two tokenizers of the demo model, trained on its captions.
 
-Files, special tokens and their ids follow FLUX.1, so that readers of the real ones can read these. Every text can be
-tokenized: CLIP's falls back to bytes, T5's to `<unk>`.
+Files, special tokens and their ids follow FLUX.1, so that programs for the real files can read these. Every text can be
+tokenized: CLIP's tokenizer falls back to bytes, T5's to `<unk>`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _T5_LENGTH = 512
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _T5_PAD, _T5_END, _T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 _WORD_END = "</w>"
-# More than the captions need: training stops early once each of their words is one token.
+# More than the captions need: training stops early when each of their words is one token.
 _CLIP_MAX_MERGES = 1000
 _T5_PIECES = 300
-# As in T5, for the same ids, though nothing here was trained to fill gaps.
+# As many as in T5, for the same ids, although this model was not trained to fill gaps.
 _NUM_EXTRA_IDS = 100
 
 
@@ -34,7 +34,7 @@ def write_clip_tokenizer(folder: Path, texts: Iterable[str]) -> int:
         *(letter + _WORD_END for letter in letters),
         *("".join(pair) for pair in merges),
         _CLIP_START,
-        # The largest id: the text encoder finds the end of a text by it.
+        # The end token must have the largest id, by which the text encoder finds the end of a text.
         _CLIP_END,
     ]
     write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
@@ -95,7 +95,7 @@ def write_t5_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     """Train T5's SentencePiece model and write its four files. Returns: the size of its vocabulary."""
     model = _train_sentencepiece(texts)
     extra_ids = [f"<extra_id_{number}>" for number in range(_NUM_EXTRA_IDS)]
-    # In falling order after the pieces: <extra_id_0> has the largest id.
+    # The extra ids come after the pieces in reverse order: <extra_id_0> has the largest id.
     vocabulary = [*_pieces_of(model), *((name, 0.0) for name in reversed(extra_ids))]
     ids = {piece: index for index, (piece, _) in enumerate(vocabulary)}
     special = [_T5_PAD, _T5_END, _T5_UNKNOWN, *reversed(extra_ids)]
@@ -143,7 +143,7 @@ def _train_sentencepiece(texts: Iterable[str]) -> bytes:
         model_type="unigram",
         vocab_size=_T5_PIECES,
         hard_vocab_limit=False,
-        # No normalisation: its Unicode tables would be twenty times as large as all the rest.
+        # No normalisation: its Unicode tables would be twenty times as large as the rest of the file.
         normalization_rule_name="identity",
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         pad_id=0,

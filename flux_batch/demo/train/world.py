@@ -1,4 +1,4 @@
-"""The training data of the demo model: scenes, texts that state all or some of their facts, the facts as numbers."""
+"""The training data of the demo model: scenes, texts with all or some of their facts, and facts as numbers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def training_text(scene: Scene, rng: random.Random, empty_share: float = _EMPTY_
     if kind < empty_share:
         return _Text("", answers(None))
     if kind < empty_share + _BARE_SHARE:
-        # The colour of a thing or the background: as a negative prompt it must keep it out of the whole image.
+        # The colour of a thing or of the background: as a negative prompt it must exclude it from the whole image.
         colour = pick(rng, _colours_of(scene))
         words = pick(rng, BARE_WORDINGS).format(colour)
         stated = [colour if fact.name == "first colour" else None for fact in FACTS]

@@ -14,11 +14,11 @@ from flux_batch.demo.world.regions import Region
 
 # A pixel this far from the background, in units of 8-bit RGB, belongs to a thing: half of MIN_CONTRAST.
 FAR_OFF = 36.0
-# Colours nearer than this are one colour: half the distance of the nearest two of the palette, orange and yellow.
+# Colours nearer than this count as equal: half the distance of the palette's nearest two, orange and yellow.
 SAME_COLOUR = 44.0
 # The tolerance at the edges of a pattern, in pixels, for shift and blur. Dots are too small for more.
 _EDGE: dict[Texture, int] = {"plain": 0, "gradient": 0, "striped": 3, "checkered": 3, "dotted": 2}
-# The share of an image that a pattern must explain beyond a plainer texture.
+# The share of an image that a pattern must explain in addition to a plainer texture.
 _GAIN = 0.04
 
 
@@ -39,7 +39,7 @@ class BackgroundFit:
 def fit_background(pixels: Pixels) -> tuple[BackgroundFit, float]:
     """Return a texture and the share of the image that it explains.
 
-    It is the plainest one that explains nearly as much as the best.
+    The plainest texture that explains nearly as much as the best one is chosen.
     """
     gradient = _fit_gradient(pixels)
     middle = (gradient.first + gradient.second) * np.float32(0.5)
@@ -54,16 +54,17 @@ def fit_background(pixels: Pixels) -> tuple[BackgroundFit, float]:
 
 
 def _fit_pattern(pixels: Pixels, texture: Texture) -> BackgroundFit:
-    """Return the medians where a pattern has one colour alone: things cover less than half of those pixels."""
+    """Return the median colours of a pattern's two areas: things cover less than half of their pixels."""
     low, high = _limits(texture, *_size_of(pixels))
     return BackgroundFit(texture, median(pixels[high < 0.02]), median(pixels[low > 0.98]))
 
 
 def _fit_gradient(pixels: Pixels) -> BackgroundFit:
-    """Return the gradient that fits the left and right edges, then all pixels it explains; a plain colour is one.
+    """Return the gradient that fits the left and right edges.
 
-    Things cover less than half of an edge, but at any height: of all lines through two parts of the edges, the fit is
-    the one with the least sum of distances to the parts, each distance cut at FAR_OFF.
+    It is then fitted again to all pixels that it explains. A plain colour counts as a gradient. Things cover less than
+    half of an edge, but at any height: of all lines through two parts of the edges, the fit has the least sum of
+    distances to the parts, with each distance clipped at FAR_OFF.
     """
     height = pixels.shape[0]
     parts = np.array_split(np.arange(height), 16)
@@ -142,16 +143,17 @@ def _limits(texture: Texture, width: int, height: int) -> tuple[Mask, Mask]:
 
 
 def name_background(fit: BackgroundFit) -> Background:
-    """Return the background of a scene that a fit comes nearest to."""
+    """Return the scene background that is nearest to a fit."""
     first, second = nearest_colour(fit.first), nearest_colour(fit.second)
     return Background(texture=fit.texture, colour=first, second=None if fit.texture == "plain" else second)
 
 
 def distance_from_background(pixels: Pixels, fit: BackgroundFit, background_distance: Mask, colour: Pixels) -> Mask:
-    """Return the distance of each pixel from the background. Compare it with that from a thing's colour.
+    """Return the distance of each pixel from the background.
 
-    If the thing's colour is a mixture of the background's two, blurred edges look like the thing and the thing like
-    edges: only the pattern without tolerance tells them apart.
+    It is compared with the distance from a thing's colour.
+    If the thing's colour is a mixture of the background's two colours, blurred edges of the pattern and the thing have
+    the same colour: only the pattern without tolerance distinguishes them.
     """
     step = fit.second - fit.first
     share = float(np.clip((colour - fit.first) @ step / max(float(step @ step), 1e-6), 0, 1))
@@ -162,7 +164,7 @@ def distance_from_background(pixels: Pixels, fit: BackgroundFit, background_dist
 
 
 def nearest_colour(rgb: Pixels) -> Colour:
-    """Return the name of the palette's colour nearest to (3,)."""
+    """Return the name of the palette's colour nearest to `rgb` (3,)."""
     return min(COLOURS, key=lambda colour: float(np.linalg.norm(rgb - np.array(PALETTE[colour], np.float32))))
 
 

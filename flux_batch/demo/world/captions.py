@@ -1,7 +1,7 @@
-"""Scenes of one or two shapes, and captions of them; knows no tokenizer, tensor or image.
+"""Scenes of one or two shapes, and captions of them.
 
-A `Scene` holds every fact of an image, a `Caption` states all or some of them. Images are drawn and read back in
-terms of the same facts.
+A `Scene` holds every fact of an image, a `Caption` states all or some of them. Drawing and reading of images use the
+same facts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Unsaid = Literal["colour", "place", "background"]
 _Rgb = tuple[int, int, int]
 _Option = TypeVar("_Option")
 
-# The seed of the captions that score a model.
+# The seed of the captions for scoring a model.
 SCORED_SEED = 2000
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
@@ -51,7 +51,7 @@ PALETTE: dict[Colour, _Rgb] = {
 # The least distance of a thing from its background, in units of 8-bit RGB.
 MIN_CONTRAST = 75.0
 
-# Several words for a fact; a wording uses the variant of the same number everywhere.
+# Variants of the words for each fact; a wording uses the variant with its number everywhere.
 SIZE_WORDS: dict[Size, tuple[str, ...]] = {
     "small": ("small ", "little ", "tiny "),
     "medium": ("", "medium-sized "),
@@ -91,7 +91,7 @@ WORDINGS_WITHOUT_BACKGROUND = (
     "a drawing that shows {subject}",
     "there is {subject}",
 )
-# Texts with a colour and nothing else, as users write negative prompts.
+# Texts that only name a colour, as users write negative prompts.
 BARE_WORDINGS = ("{}", "{} things", "something {}", "a {} shape")
 
 
@@ -144,9 +144,9 @@ class Caption:
 
 
 def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Caption]:
-    """Yield captions that state all facts; the same ones for the same seed, on every machine.
+    """Yield captions that state all facts; the same seed gives the same captions on every machine.
 
-    held_out: only captions with a thing that no training image shows; otherwise only captions without one.
+    held_out: True yields only captions with a thing that no training image shows, False only captions without one.
     """
     rng = random.Random(seed)
     while count:
@@ -158,7 +158,7 @@ def captions(count: int, seed: int, *, held_out: bool = False) -> Iterator[Capti
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Return whether a scene has a shape in its held-out colour, which training never shows."""
+    """Return whether a scene has a shape in its held-out colour, absent from training."""
     things = [thing for thing in (scene.first, scene.second) if thing]
     return any((COLOURS.index(thing.colour) + 3 * SHAPES.index(thing.shape)) % len(COLOURS) == 0 for thing in things)
 
@@ -237,7 +237,7 @@ def _variant(spellings: Sequence[str], wording: int) -> str:
     return spellings[wording % len(spellings)]
 
 
-# Every choice is made from random(), the only method whose numbers Python promises to keep.
+# Every choice uses random(), the only method whose numbers Python guarantees to stay the same.
 
 
 def pick(rng: random.Random, options: Sequence[_Option]) -> _Option:

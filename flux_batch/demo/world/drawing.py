@@ -1,4 +1,4 @@
-"""The drawing of a scene: facts in, an anti-aliased image out; knows no words and no model."""
+"""The drawing of a scene: facts in, an anti-aliased image out."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Placement:
 
 
 def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """Return the image of a scene; `rng` moves things and shades colours a little."""
+    """Return the image of a scene; `rng` slightly moves things and shades colours."""
     pixels = _draw_background(scene.background, width, height, rng)
     things = [thing for thing in (scene.first, scene.second) if thing]
     for thing, place in zip(things, placements(scene, width, height, rng), strict=True):
@@ -95,7 +95,7 @@ def _shade(colour: Colour, rng: random.Random, spread: float = 6.0) -> Pixels:
 
 
 def _draw_background(background: Background, width: int, height: int, rng: random.Random) -> Pixels:
-    """Return an image of the background alone. A gradient runs from top to bottom, stripes are vertical."""
+    """Return an image of only the background. A gradient runs from top to bottom, stripes are vertical."""
     first = _shade(background.colour, rng)
     if background.second is None:
         return np.broadcast_to(first, (height, width, 3)).copy()
@@ -139,7 +139,7 @@ def draw_shape(shape: Shape, place: Placement, width: int, height: int) -> Mask:
     radius = place.extent / 2 * _SAMPLES
     centre = ((place.x - left) * _SAMPLES, (place.y - top) * _SAMPLES)
     for outline, fill in _outlines(shape):
-        # Pillow counts the edge as inside: half a sample less.
+        # Pillow draws edges as inside, so points are moved by half a sample.
         points = [(centre[0] + x * radius - 0.5, centre[1] + y * radius - 0.5) for x, y in outline]
         ImageDraw.Draw(canvas).polygon(points, fill=fill)
     patch = _mean_of_samples(np.asarray(canvas, np.float32) / np.float32(255))

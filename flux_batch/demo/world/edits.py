@@ -1,4 +1,4 @@
-"""Edits of scenes of one thing, and instructions in words: "make the star red"; knows no tokenizer, tensor or image."""
+"""Edits of scenes with one thing, and their instructions, such as "make the star red"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flux_batch.demo.world.captions import (
 Change = Literal["colour", "shape", "background"]
 CHANGES: tuple[Change, ...] = get_args(Change)
 
-# The words of each change; {thing} is the thing's shape before, {} what becomes of it.
+# The words of each change; {thing} is the thing's shape before, {} the new value.
 _INSTRUCTIONS: dict[Change, tuple[str, ...]] = {
     "colour": ("make the {thing} {}", "paint the {thing} {}", "change the colour of the {thing} to {}"),
     "shape": ("turn the {thing} into a {}", "replace the {thing} with a {}", "make the {thing} a {}"),
@@ -41,9 +41,9 @@ class Edit:
 
 
 def edits(count: int, seed: int) -> Iterator[Edit]:
-    """Yield edits, a third of each change; the same ones for the same seed, on every machine.
+    """Yield edits, a third of each change; the same seed gives the same edits on every machine.
 
-    Each begins or ends with a thing that no training image shows.
+    Each edit starts or ends with a thing that no training image shows.
     """
     rng = random.Random(seed)
     number = 0
@@ -56,9 +56,9 @@ def edits(count: int, seed: int) -> Iterator[Edit]:
 
 
 def changed(scene: Scene, change: Change, rng: random.Random) -> Scene | None:
-    """Return a scene of one thing with a fact changed at random; None where nothing else would do.
+    """Return a scene with one thing and a fact changed at random; None if no other value is possible.
 
-    Only plain backgrounds change: all else of an image is then drawn as before.
+    Only plain backgrounds change, so that the rest of the image is drawn as before.
     """
     thing, background = scene.first, scene.background
     if change == "shape":

@@ -1,4 +1,4 @@
-"""The way back from a text to the caption that it is; knows the words of captions, and no image."""
+"""The parsing of a text into its caption."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _any(words: Iterable[str]) -> str:
 
 
 def _caption(text: str, found: dict[str, str]) -> Caption:
-    """Return the caption with the facts that were found; unsaid ones may be anything."""
+    """Return the caption with the facts that were found; unstated facts get arbitrary values."""
     unsaid: set[Unsaid] = set()
     if "first_colour" not in found:
         unsaid.add("colour")
@@ -113,7 +113,7 @@ def _found_background(found: dict[str, str]) -> Background:
 
 
 def _known(words: tuple[_Word, ...], word: str) -> _Word:
-    """Return a word as the one of the table that it is."""
+    """Return the typed word of a table that equals `word`."""
     return words[words.index(word)]
 
 

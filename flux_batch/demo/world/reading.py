@@ -1,7 +1,7 @@
-"""The reading of an image of the demo's world: its things and its background; knows no caption.
+"""The reading of an image of the demo's world: its things and its background.
 
-Plain image operations on an image whose shorter side is 128 pixels. The background is fitted first, as one of the known
-textures. The rest is things, separated by colour and position, and each has the shape that it looks most like.
+It uses plain image operations on an image whose shorter side is 128 pixels. The background is fitted first, as one of
+the known textures. The rest are things, separated by colour and position; each gets the shape that it resembles most.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from flux_batch.demo.world.shapes import place, recognise, sharpened
 _SIDE = 128
 # The share of an image that the background must explain; the two largest things leave 0.69.
 _MIN_EXPLAINED = 0.55
-# Pixels. A small star is drawn with 196, and may lose some of them; specks cover up to 0.3 % of an image: 98 of one
-# twice as wide. What has no shape and less than any thing is a mixture where two colours meet.
+# In pixels. A small star is drawn with 196 and may lose some; specks cover up to 0.3 % of an image, or 98 pixels if it
+# is twice as wide. A smaller part without a shape is a mixture where two colours meet.
 _LEAST_THING = 196.0
 _MIN_AREA = 140.0
 _MAX_COLOURS = 8
 # The least overlap of a thing with its shape.
 _MIN_OVERLAP = 0.6
-# The least distance of a thing from the background in RGB. The world's are MIN_CONTRAST or more from it; what is nearer
-# than this is a glow around a thing, or a flaw of the pattern.
+# The least distance of a thing from the background in RGB. Drawn things have MIN_CONTRAST or more; a part nearer than
+# this is a glow around a thing, or a flaw of the pattern.
 _LEAST_CONTRAST = MIN_CONTRAST * 2 / 3
 # The geometric means of the extents that are drawn.
 _SMALL_BELOW = (EXTENTS["small"] * EXTENTS["medium"]) ** 0.5
@@ -51,7 +51,7 @@ _LARGE_ABOVE = (EXTENTS["medium"] * EXTENTS["large"]) ** 0.5
 class ReadThing:
     """A thing in an image: centre in shares of width and height, extent in shares of the shorter side.
 
-    `shape` is None if it looks like none of them.
+    `shape` is None if it resembles no known shape.
     """
 
     shape: Shape | None
@@ -88,7 +88,7 @@ def _normalized(image: Image.Image) -> Pixels:
 
 
 def colour_share(image: Image.Image, colour: Colour) -> float:
-    """Return the share of an image that is near a colour, 0 to 1. A pixel counts to its nearest colour."""
+    """Return the share of an image that is near a colour, 0 to 1. A pixel counts for its nearest colour only."""
     pixels = _normalized(image)
     distances = [np.linalg.norm(pixels - np.array(rgb, np.float32), axis=2) for rgb in PALETTE.values()]
     nearest = np.argmin(distances, axis=0) == COLOURS.index(colour)
@@ -98,8 +98,8 @@ def colour_share(image: Image.Image, colour: Colour) -> float:
 def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
     """Return the things, larger ones first.
 
-    Their colours come first, from the pixels far from the background; then each pixel goes to the nearest colour. So
-    things that touch are separate, and a thing in a mixture of the background's colours is whole.
+    First their colours are found among the pixels far from the background; then each pixel goes to the nearest colour.
+    So touching things are separated, and a thing in a mixture of the background's colours stays whole.
     """
     background_distance = residual(pixels, fit)
     colours = _find_colours(pixels, opened(background_distance >= FAR_OFF))
@@ -111,7 +111,7 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
     found = []
     for number, (colour, off) in enumerate(zip(colours, off_colours, strict=True)):
         if min(np.linalg.norm(colour - of_pattern) for of_pattern in (fit.first, fit.second)) < SAME_COLOUR:
-            continue  # a flaw of the pattern: no thing has a colour of its background
+            continue  # a flaw of the pattern: things never have a colour of their background
         off_rest = distance_from_background(pixels, fit, background_distance, colour)
         cover = sharpened(off_rest / (off_rest + off + 1e-6))
         is_other = is_thing & (nearest != number)
@@ -119,7 +119,7 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
             cover_here = np.where(grown(region, 5) & ~is_other, cover, 0).astype(np.float32)
             if cover_here.sum() < _MIN_AREA or np.median(off_rest[region]) < _LEAST_CONTRAST:
                 continue
-            # Its own colour: a colour found in all of the image may lie between those of two things.
+            # The colour of this thing alone: a colour found over the whole image may lie between those of two things.
             thing = _describe(cover_here, _main_colour(pixels[_core_of(region)]))
             if thing.shape or cover_here.sum() >= _LEAST_THING:
                 found.append((float(cover_here.sum()), thing))
@@ -128,7 +128,7 @@ def _find_things(pixels: Pixels, fit: BackgroundFit) -> list[ReadThing]:
 
 
 def _is_hole(thing: ReadThing, ring: ReadThing) -> bool:
-    """Return whether a thing is the hole of a ring that is larger: no two things of the world have one centre."""
+    """Return whether a thing is the hole of a larger ring: two things never have the same centre."""
     return ring.shape == "ring" and max(abs(thing.x - ring.x), abs(thing.y - ring.y)) < ring.extent / 8
 
 
@@ -160,7 +160,7 @@ def _main_colour(seen: Pixels) -> Pixels:
     nearest = np.argmin(np.linalg.norm(seen[:, None] - palette, axis=2), axis=1)
     most = np.bincount(nearest).argmax()
     centre = median(seen[nearest == most])
-    # Once more around it, since a shade between two colours of the palette is split between them.
+    # Repeat around that colour, since a shade between two colours of the palette is split between them.
     near = seen[np.linalg.norm(seen - centre, axis=1) < SAME_COLOUR]
     return median(near)
 

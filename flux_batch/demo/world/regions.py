@@ -1,4 +1,4 @@
-"""Morphology of regions: erosion, dilation, opening, connected components; knows no colour."""
+"""Morphology of regions: erosion, dilation, opening, connected components."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Region = NDArray[np.bool_]  # (height, width)
 
 
 def opened(region: Region) -> Region:
-    """Return a region without parts thinner than three pixels, and with gaps as thin closed."""
+    """Return a region without parts, and with closed gaps, thinner than three pixels."""
     return shrunk(grown(shrunk(region, 1), 2), 1)
 
 

@@ -1,4 +1,4 @@
-"""The comparison of captions with images, fact by fact, and its sums; knows no model."""
+"""The comparison of captions with images, fact by fact, and its scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flux_batch.demo.world.reading import Reading, ReadThing, read_image
 Kind = Literal["count", "shape", "colour", "size", "position", "relation", "texture", "background colour"]
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
-# The largest things of an image, which are compared with those of a caption.
+# The number of largest things of an image that are compared with those of a caption.
 _MAX_COMPARED = 6
 # The least distance between two things in a relation, in shares of the image.
 _MIN_APART = 0.15
@@ -24,7 +24,7 @@ _MIN_APART = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of a caption, beside the same fact of its image (empty if missing)."""
+    """One fact of a caption, and the same fact of its image ("" if missing)."""
 
     kind: Kind
     said: str
@@ -61,7 +61,7 @@ class Scores:
         return "\n".join(lines)
 
     def kinds(self) -> list[Kind]:
-        """Return the kinds of facts that are there, in the order of all kinds."""
+        """Return the kinds of the facts, in the order of all kinds."""
         return [kind for kind in _KINDS if any(fact.kind == kind for fact in self.facts)]
 
 
@@ -77,9 +77,9 @@ def score(caption: Caption, image: Image.Image) -> list[Fact]:
 
 
 def _compare(caption: Caption, reading: Reading) -> list[Fact]:
-    """Return every fact of a caption, compared with a reading. What a caption leaves out is no fact.
+    """Return every fact of a caption, compared with a reading. Facts that a caption leaves out do not count.
 
-    An image does not number its things: of all ways to assign them, the one in which most facts hold counts.
+    Things of an image have no order: the assignment in which most facts hold counts.
     """
     said = [thing for thing in (caption.scene.first, caption.scene.second) if thing]
     facts = [_make_fact("count", str(len(said)), str(len(reading.things)))]
@@ -119,7 +119,7 @@ def _facts_of_thing(caption: Caption, said: Thing, shown: ReadThing | None) -> I
 
 
 def _facts_of_background(scene: Scene, reading: Reading) -> Iterator[Fact]:
-    """Yield the facts about the background; the order of its colours counts in a gradient."""
+    """Yield the facts about the background; the order of its colours matters only in a gradient."""
     said, shown = scene.background, reading.background
     yield _make_fact("texture", said.texture, shown.texture if shown else None)
     seen = (shown.colour, shown.second) if shown else (None, None)

@@ -1,8 +1,7 @@
-"""The shapes of things by what they cover: drawn, recognised and placed; knows no colour and no scene.
+"""The recognition and placement of shapes by the pixels that they cover.
 
-A model's shapes are soft and a little out of form, and a drawing without a flaw is not the nearest to them: what is
-lost of a star's points makes it look more like a circle. So a shape is recognised as the one whose drawings, deformed
-at random, are nearest in the mean.
+A model's shapes are soft and slightly deformed, so a perfect drawing is a bad reference: a star that has lost its
+points resembles a circle. So a shape is recognised by the mean of drawings that are deformed at random.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from PIL import Image, ImageFilter
 from flux_batch.demo.world.captions import SHAPES, Shape
 from flux_batch.demo.world.drawing import Mask, Placement, draw_shape
 
-# What is compared: a square of so many pixels a side, 2.2 times as wide as a square of the shape's area, blurred by a
-# share of that square's side.
+# The patch for comparison: its side in pixels, its width relative to a square of the shape's area (2.2), and its blur
+# as a share of that square's side.
 _PATCH = 16
 _HALF = 1.1
 _BLUR = 0.06
@@ -31,7 +30,7 @@ _GRID = 6
 
 
 def recognise(cover: Mask) -> Shape:
-    """Return the shape that looks most like what is covered."""
+    """Return the shape that resembles the covered pixels most."""
     patch = _normalized(cover)
     means = _mean_patches()
     return min(SHAPES, key=lambda shape: float(np.square(patch - means[shape]).sum()))
@@ -52,7 +51,7 @@ def place(shape: Shape, cover: Mask) -> tuple[float, Placement]:
 
 
 def deformed(cover: Mask, shift: float, blur: float, rng: random.Random) -> Mask:
-    """Return a shape out of form: points of a coarse grid moved by about `shift` pixels, then blurred."""
+    """Return a deformed shape: points of a coarse grid moved by about `shift` pixels, then blurred."""
     height, width = cover.shape
 
     def shifts() -> Mask:
@@ -88,7 +87,7 @@ def _mean_patches() -> dict[Shape, Mask]:
 
 
 def _normalized(cover: Mask) -> Mask:
-    """Return what is covered at one size, its centre of mass in the middle: (_PATCH, _PATCH), 0 to 1."""
+    """Return the covered pixels scaled to a fixed size, centred at their mass: (_PATCH, _PATCH), 0 to 1."""
     area, x, y = _moments(cover)
     side = area**0.5
     box = (x - _HALF * side, y - _HALF * side, x + _HALF * side, y + _HALF * side)

@@ -1,4 +1,4 @@
-"""A model's tensors on disk: headers of safetensors and GGUF files, sharded or not; knows no architecture."""
+"""A model's tensors on disk: headers of safetensors and GGUF files, sharded or not, of any architecture."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _OTHER_MAGIC = {b"PK": "a pickle (zip)", b"\x80": "a pickle", b"<": "a web page"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, not read yet; `key` is its name there.
+    """A tensor in a file, not read yet; `key` is its name in the file.
 
-    `dtype`: as safetensors writes it, or a GGUF type (Q4_K). `offset`: its first byte in a GGUF file. `scale`: the
-    factor of an fp8 tensor, one for all numbers or one a row.
+    `dtype`: as safetensors spells it, or a GGUF type (Q4_K). `offset`: the position of its first byte in a GGUF file.
+    `scale`: the factor of an fp8 tensor, one for the whole tensor or one for each row.
     """
 
     path: Path
@@ -110,7 +110,7 @@ def open_checkpoint(source: Path | Sequence[Path]) -> Checkpoint:
 
 
 def model_files(source: Path) -> list[Path]:
-    """Return the files of the one model at `source`, itself a file or a folder."""
+    """Return the files of the model at `source`, a file or a folder. Raises: ValueError unless it holds one model."""
     if not source.is_dir():
         return [source]
     indexes = sorted(source.glob("*.safetensors.index.json"))
@@ -130,12 +130,12 @@ def model_files(source: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a folder whose names are those of weights."""
+    """Return the weight files of a folder, by their suffixes."""
     return sorted(path for ending in _WEIGHT_SUFFIXES for path in folder.glob(f"*.{ending}"))
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """Return the shards that an index names. Raises: ValueError unless each lies beside it."""
+    """Return the shards that an index names. Raises: ValueError unless each of them lies beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
         raise ValueError(f"{index} has no weight_map: download it again")
@@ -163,7 +163,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _is_gguf(path: Path) -> bool:
-    """Return whether a file begins with the magic of GGUF; its name does not count."""
+    """Return whether a file begins with the magic bytes of GGUF, whatever its suffix."""
     if not path.is_file() or is_pickle(path.name):
         return False
     with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def open_safetensors(path: Path, framework: str = "pt") -> Any:
-    """Map a safetensors file. Raises: ValueError that names what the file is instead, if that is known."""
+    """Map a safetensors file. Raises: ValueError for any other file, with its format if that is recognised."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     if is_pickle(path.name):
@@ -182,14 +182,14 @@ def open_safetensors(path: Path, framework: str = "pt") -> Any:
         with path.open("rb") as file:
             start = file.read(9)
         kind = next((kind for magic, kind in _OTHER_MAGIC.items() if start.startswith(magic)), None)
-        # Eight bytes of length, which may look like anything, then JSON: safetensors after all.
+        # A safetensors header is 8 bytes of length and then JSON; the length can look like another format's magic.
         if kind and start[8:] != b"{":
             raise ValueError(f"{path} is {kind}, not safetensors: download or convert it again") from error
         raise ValueError(f"{path} is cut short or damaged ({error}): download it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises: ValueError naming it if it holds none."""
+    """Read a JSON object from a file. Raises: ValueError with the file's name if it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -200,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """Read the config.json of weights in `folder`: in the component's folder, else beside them; {} without one."""
+    """Read config.json from the component's folder, else from `folder` itself; {} without one."""
     for path in (folder / component / "config.json", folder / "config.json"):
         if path.is_file():
             return read_json(path)
@@ -208,11 +208,11 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def _clause(what: str, names: Sequence[str]) -> list[str]:
-    """Return one clause that counts and lists `names`; no clause without names."""
+    """Return one clause with the count and the first of `names`; an empty list if there are no names."""
     return [f"{len(names)} {what} ({first_names(names)})"] if names else []
 
 
 def first_names(names: Sequence[str], limit: int = 3) -> str:
-    """Return the first names as text, and the number of the others."""
+    """Return the first names as text, with the number of the remaining ones."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

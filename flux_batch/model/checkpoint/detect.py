@@ -1,8 +1,8 @@
-"""Detects the parts of a model by their keys: in one checkpoint, and in the files of a folder.
+"""Detection of the parts of a model by keys, in a checkpoint or a folder.
 
-The layouts are the original one (black-forest-labs/flux 802fb47, keys as our modules), that of diffusers (58eb52c), of
-transformers for the text encoders, and of llama.cpp for T5 (package gguf 0.19, constants.py). ComfyUI's all-in-one
-files hold all four parts, each under a prefix.
+The known layouts: the original one (black-forest-labs/flux 802fb47, whose keys are the names of our modules); that of
+diffusers (58eb52c); that of transformers for the text encoders; that of llama.cpp for T5 (package gguf 0.19,
+constants.py). ComfyUI's all-in-one files hold all four parts, each under a prefix.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from flux_batch.model.params import Shapes
 
 
 class CheckpointKind(Enum):
-    """The kinds of checkpoints; each value is the start of a key that no other kind has.
+    """The kinds of checkpoints; each value is the start of a key that only this kind has.
 
-    But for a ControlNet: it has those of a transformer, too.
+    The exception is a ControlNet, which also has the keys of a transformer.
     """
 
     TRANSFORMER = "double_blocks."
@@ -34,11 +34,11 @@ class CheckpointKind(Enum):
 
     @property
     def part(self) -> str:
-        """The part of a model: transformer, autoencoder, clip or t5; or what is put beside it, controlnet."""
+        """The part of a model: transformer, autoencoder, clip or t5; or controlnet, which is loaded beside a model."""
         return self.name.removesuffix("_DIFFUSERS").lower()
 
 
-# Prefixes of keys in files of several parts, of the community, and of CLIP; longest first.
+# Key prefixes of all-in-one files, community files and CLIP files -> part; longest first.
 PART_PREFIXES = {
     "text_encoders.clip_l.transformer.text_model.": "clip",
     "text_encoders.clip_l.transformer.": "clip",
@@ -51,7 +51,7 @@ PART_PREFIXES = {
     "first_stage_model.": "autoencoder",
     "vae.": "autoencoder",
 }
-# Names of the norm scales in torchtitan and ComfyUI -> the original.
+# Names of the norm scales in torchtitan and ComfyUI -> original names.
 _NORM_KEYS = {".query_norm.weight": ".query_norm.scale", ".key_norm.weight": ".key_norm.scale"}
 _LLAMA_CPP_T5 = "enc.blk."
 _LLAMA_CPP_NAMES = {
@@ -71,12 +71,12 @@ LLAMA_CPP_BLOCK_NAMES = {
     "ffn_up": "layer.1.DenseReluDense.wi_1",
     "ffn_down": "layer.1.DenseReluDense.wo",
 }
-# Keys in some files that FLUX.1 does not compute with.
+# Keys in some files that FLUX.1 does not use.
 UNUSED_KEYS = {
     "clip": {"logit_scale", "text_projection", "text_projection.weight", "embeddings.position_ids"},
     "t5": {"logit_scale", "spiece_model"},
 }
-# Patterns of keys that only one unsupported kind of file has; the first match names it.
+# Patterns of keys that only one unsupported kind of file has, with its name; the first match counts.
 _USE_INSTEAD = "use the bf16, fp8 or GGUF file of the same model"
 _UNSUPPORTED = (
     (
@@ -106,14 +106,14 @@ PART_TITLES = {
     "clip": "CLIP text encoder",
     "t5": "T5 text encoder",
 }
-# Text encoders come first: where their tokenizers are missing, nothing large is read.
+# Text encoders come first, so that a missing tokenizer is reported before anything large is read.
 LOADING_ORDER = ("clip", "t5", "autoencoder", "transformer")
 
 
 def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
     """Return the kind of a checkpoint of one part, and the checkpoint with normalized keys.
 
-    Raises: ValueError if it is of no known kind, or holds several parts.
+    Raises: ValueError if its kind is unknown, or if it holds several parts.
     """
     parts = parts_of(checkpoint)
     if len(parts) > 1:
@@ -122,9 +122,9 @@ def detect(checkpoint: Checkpoint) -> tuple[CheckpointKind, Checkpoint]:
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[CheckpointKind, Checkpoint]:
-    """Return the parts of a model in a checkpoint, mostly one, each with normalized keys.
+    """Return the parts of a model in a checkpoint (usually one), each with normalized keys.
 
-    Raises: ValueError that names what the file is instead, or its keys.
+    Raises: ValueError for another kind of file, with the name of its kind or with its keys.
     """
     refuse_unsupported(checkpoint)
     formats = {_split_prefix(layer)[1]: kind for layer, kind in declared_formats(checkpoint).items()}
@@ -157,7 +157,7 @@ def _names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     if any(name.startswith(_LLAMA_CPP_T5) for name in bare):
         bare = {name: plain for name in bare if (plain := from_llama_cpp(name))}
     for part, names in by_part.items():
-        # A key that is there with and without the prefix belongs to one part, which then says so.
+        # A key that exists both with and without the prefix goes to one part, where `rename` reports the duplicate.
         known = set(names.values())
         known |= {SCALED_FP8_MARKER, *UNUSED_KEYS.get(part, ())}
         twice = {name: new for name, new in bare.items() if new in known}
@@ -169,7 +169,7 @@ def _names_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 
 
 def _detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind:
-    """Return the kind that has these normalized keys. Raises: ValueError for no kind, or several."""
+    """Return the kind that has these normalized keys. Raises: ValueError unless exactly one kind fits."""
     names = sorted(names)
     found = [kind for kind in CheckpointKind if any(name.startswith(kind.value) for name in names)]
     if CheckpointKind.CONTROLNET in found:
@@ -185,7 +185,7 @@ def _detect_kind(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointKind
 
 
 def refuse_unsupported(checkpoint: Checkpoint) -> None:
-    """Raise ValueError for a checkpoint of a kind that is known and not supported."""
+    """Raise ValueError for a checkpoint of a known unsupported kind."""
     for pattern, what in _UNSUPPORTED:
         known = re.compile(pattern)
         if keys := [name for name in checkpoint.tensors if known.search(name)]:
@@ -204,7 +204,7 @@ def _split_prefix(name: str) -> tuple[str, str]:
 
 
 def _normalized_key(name: str) -> str:
-    """Return a key as the original layout names it."""
+    """Return a key with the original layout's names for norm scales."""
     for ending, original in _NORM_KEYS.items():
         if name.endswith(ending):
             return name.removesuffix(ending) + original
@@ -212,7 +212,7 @@ def _normalized_key(name: str) -> str:
 
 
 def from_llama_cpp(name: str) -> str | None:
-    """Return the key of transformers for a key of llama.cpp's T5; None for the decoder's."""
+    """Return transformers' key for a key of llama.cpp's T5; None for a key of the decoder."""
     if name.startswith("dec.") or name == "output.weight":
         return None
     stem, _, kind = name.rpartition(".")
@@ -225,7 +225,7 @@ def from_llama_cpp(name: str) -> str | None:
 def find_parts(source: Path) -> list[Path]:
     """Return the files and folders of the model at `source`, a folder or one file.
 
-    A part lies in its component folder, else in a file of the folder itself, which its keys tell.
+    A part is looked for in its component folder, then among the files of the folder itself, by their keys.
     Raises: ValueError for a missing part, or for several files with the same part.
     """
     if source.is_file():
@@ -243,7 +243,7 @@ def find_parts(source: Path) -> list[Path]:
         if CheckpointKind.CONTROLNET in kinds:
             others.append(f"{path} is a ControlNet")
             continue
-        # The single files of the official repositories double what lies in the sub folders.
+        # The single files of the official repositories hold the same weights as the component folders.
         if not all(source / _PART_FOLDERS[part] in found.get(part, ()) for part in parts):
             for part in parts:
                 found.setdefault(part, []).append(path)
@@ -272,7 +272,7 @@ def _check_all_in_one(path: Path) -> None:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether a folder holds weights or pickles. Pickles are refused by name when it is opened."""
+    """Return whether a folder holds weights or pickles. Opening the folder then refuses pickles with a clear error."""
     if not folder.is_dir():
         return False
     return bool(weight_files(folder)) or any(is_pickle(path.name) for path in folder.iterdir())

@@ -1,7 +1,7 @@
 """Keys and configurations of diffusers: one table of renames between its layout and the original, for both directions.
 
-The original layout (black-forest-labs/flux 802fb47, keys as our modules) and that of diffusers (58eb52c,
-scripts/convert_flux_to_diffusers.py lists the same pairs). Knows no files.
+Sources: black-forest-labs/flux 802fb47, whose keys are the names of our modules; diffusers 58eb52c,
+scripts/convert_flux_to_diffusers.py, which lists the same pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rules = Callable[[Mapping[str, object]], Iterator["_Rule"]]
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """An original key, and the keys of diffusers that hold its rows, in order."""
+    """An original key and the diffusers keys that hold its rows, in order."""
 
     original: str
     diffusers: tuple[str, ...]
@@ -32,14 +32,14 @@ class _Rule:
     is_conv_1x1: bool = False
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the original tensor of diffusers' parts."""
+        """Return the original tensor, joined from diffusers' parts."""
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.swaps_halves:
             whole = swap_halves(whole)
         return whole[:, :, None, None] if self.is_conv_1x1 else whole
 
     def split(self, whole: Tensor, hidden_size: int) -> Sequence[Tensor]:
-        """Return diffusers' parts: `hidden_size` rows each, and the rest in the last."""
+        """Return diffusers' parts: `hidden_size` rows each, and the remaining rows in the last."""
         if self.swaps_halves:
             whole = swap_halves(whole)
         if self.is_conv_1x1:
@@ -80,7 +80,7 @@ def autoencoder_to_diffusers(state: State) -> dict[str, Tensor]:
 
 
 def transformer_config(params: FluxParams) -> dict[str, Any]:
-    """Return the shape of a transformer in the words of diffusers' FluxTransformer2DModel."""
+    """Return the config of a transformer in the format of diffusers' FluxTransformer2DModel."""
     return {
         "attention_head_dim": params.head_dim,
         "axes_dims_rope": list(params.axes_dim),
@@ -95,7 +95,7 @@ def transformer_config(params: FluxParams) -> dict[str, Any]:
 
 
 def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
-    """Return the shape of an autoencoder in the words of diffusers' AutoencoderKL."""
+    """Return the config of an autoencoder in the format of diffusers' AutoencoderKL."""
     levels = len(params.channels)
     return {
         "block_out_channels": list(params.channels),
@@ -114,7 +114,7 @@ def autoencoder_config(params: AutoencoderParams) -> dict[str, Any]:
 
 
 def scheduler_config(params: ScheduleParams) -> dict[str, Any]:
-    """Return a schedule in the words of diffusers' FlowMatchEulerDiscreteScheduler."""
+    """Return the config of a schedule in the format of diffusers' FlowMatchEulerDiscreteScheduler."""
     return {
         "base_image_seq_len": params.base_image_seq_len,
         "base_shift": params.base_shift,
@@ -158,18 +158,18 @@ def _check_all_used(state: State, used: set[str]) -> None:
 
 
 def original_names(shapes: Shapes, rules: Rules) -> Shapes:
-    """Return shapes by original key; for a key in several parts, the shape of the first."""
+    """Return shapes by original key; for a key that diffusers splits, the shape of the first part."""
     return {rule.original: shapes[rule.diffusers[0]] for rule in rules(shapes) if rule.diffusers[0] in shapes}
 
 
 def swap_halves(rows: Tensor) -> Tensor:
     """Return the rows with their first and second half exchanged."""
-    # On meta there are no rows, and for torch.cat torch would import its compiler.
+    # Meta tensors hold no rows to swap, and torch.cat on meta would make torch import its compiler, which is slow.
     return rows if rows.is_meta else torch.cat(rows.chunk(2)[::-1])
 
 
 def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
-    """Yield the rules of a transformer with the depth of `names`, of either layout."""
+    """Yield the rules of a transformer; its depth is read from `names`, keys of either layout."""
     shapes = dict.fromkeys(names, ())
     depth = max(count_of(shapes, "double_blocks."), count_of(shapes, "transformer_blocks."))
     depth_single = max(count_of(shapes, "single_blocks."), count_of(shapes, "single_transformer_blocks."))
@@ -187,9 +187,9 @@ def transformer_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
 
 
 def controlnet_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
-    """Yield the rules of a ControlNet with the depth of `names`, of either layout.
+    """Yield the rules of a ControlNet; its depth is read from `names`, keys of either layout.
 
-    The original one is that of XLabs; nets of InstantX's kind have the keys of diffusers. Source: diffusers 0.42.1,
+    XLabs' nets have the original layout, nets of InstantX's kind that of diffusers. Sources: diffusers 0.42.1,
     models/controlnets/controlnet_flux.py; XLabs-AI/x-flux 4749542, src/flux/controlnet.py.
     """
     shapes = dict.fromkeys(names, ())
@@ -234,7 +234,7 @@ def _single_block_rules(ours: str, theirs: str) -> Iterator[_Rule]:
 
 
 def autoencoder_rules(names: Mapping[str, object]) -> Iterator[_Rule]:
-    """Yield the rules of an autoencoder with the levels of `names`, of either layout."""
+    """Yield the rules of an autoencoder; its levels are read from `names`, keys of either layout."""
     shapes = dict.fromkeys(names, ())
     levels = max(count_of(shapes, "encoder.down."), count_of(shapes, "encoder.down_blocks."))
     blocks = max(count_of(shapes, "decoder.up.0.block."), count_of(shapes, "decoder.up_blocks.0.resnets."))
@@ -269,6 +269,6 @@ def _resnet_rules(ours: str, theirs: str) -> Iterator[_Rule]:
 
 
 def _linear(ours: str, *theirs: str, swaps_halves: bool = False) -> Iterator[_Rule]:
-    """Yield the rules of a layer with weight and bias."""
+    """Yield the rules for the weight and bias of a linear layer."""
     for kind in ("weight", "bias"):
         yield _Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), swaps_halves=swaps_halves)

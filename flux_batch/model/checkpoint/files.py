@@ -1,4 +1,4 @@
-"""The files of a repository that make up a FLUX.1 model; knows names, reads nothing."""
+"""The files of a repository that make up a FLUX.1 model, chosen by name; no file is read here."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterable, Sequence
 
 _WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 COMPONENT_FOLDERS = (*_WEIGHT_FOLDERS, "scheduler", "tokenizer", "tokenizer_2")
-# Those of what is put beside a model, in repositories of their own: FLUX.1-Redux and its vision tower.
+# Component folders of models that are loaded beside FLUX.1: FLUX.1-Redux and its vision tower.
 _SIDE_FOLDERS = ("image_embedder", "image_encoder")
 LISTED_FOLDERS = (*COMPONENT_FOLDERS, *_SIDE_FOLDERS)
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 _PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
-# Settings and vocabularies; pickles, weights of other frameworks and images are left out.
+# Suffixes of settings and vocabularies. Pickles, weights of other frameworks and images are not downloaded.
 _SETTINGS_SUFFIXES = (".json", ".txt", ".model")
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")
-# diffusers marks other precisions of the same weights so.
+# diffusers marks other precisions of the same weights by these parts of a file name.
 _PRECISION_VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|ema|non_ema)([.-])")
 
 
 def needed_files(names: Iterable[str], *, part: str = "", single_files: bool = False) -> list[str]:
     """Return the files of a repository that a model needs, sorted.
 
-    names: paths relative to the model folder, with forward slashes. part: a file or folder; other weights are left out,
-    settings are not, since they are small. single_files: choose the original single files where a repository has the
-    weights in both layouts, not the folders of diffusers.
+    names: paths relative to the model folder, with forward slashes. part: a file or folder; weights outside it are left
+    out, but all settings are kept, since they are small. single_files: prefer the original single files to the folders
+    of diffusers where a repository has both.
     """
     known = sorted(name for name in names if _is_known(name))
     weights = [name for name in known if is_weight(name)]
@@ -36,13 +36,16 @@ def needed_files(names: Iterable[str], *, part: str = "", single_files: bool = F
     else:
         weights = _one_layout(weights, single_files=single_files)
     folders = {_folder_of(name) for name in weights}
-    # An index without its shards would look like weights.
+    # An index without its shards would look like a set of weights.
     settings = [name for name in settings if not name.endswith(_INDEX_SUFFIX) or _folder_of(name) in folders]
     return sorted([*settings, *_one_variant(weights, settings)])
 
 
 def missing_components(names: Iterable[str]) -> list[str]:
-    """Return the component folders that are missing or lack shards; single files at the top replace weight folders."""
+    """Return the component folders that are missing or lack shards.
+
+    Single files at the top replace the folders of weights.
+    """
     known = [name for name in names if _is_known(name)]
     weights = [name for name in known if is_weight(name)]
     if any("/" not in name for name in weights):
@@ -51,7 +54,7 @@ def missing_components(names: Iterable[str]) -> list[str]:
 
 
 def _is_complete(folder: str, names: Sequence[str]) -> bool:
-    """Return whether a component folder has files, and all shards of its weights."""
+    """Return whether a component folder has files, and if its weights are sharded, all shards."""
     files = [name for name in names if _folder_of(name) == folder]
     if folder not in _WEIGHT_FOLDERS:
         return bool(files)
@@ -61,10 +64,11 @@ def _is_complete(folder: str, names: Sequence[str]) -> bool:
 
 
 def part_of(uri: str) -> tuple[str, str]:
-    """Return the address of the model and the path of the part in it; "" if the address names a whole model.
+    """Split an address into the model's address and the part's path.
 
-    A file is a part of the folder that holds it or that holds its component folder; a folder is a part if it has the
-    name of a component.
+    The path is "" for a whole model.
+    A file is a part of the folder that holds it, or of the folder that holds its component folder. A folder is a part
+    if it has the name of a component.
     """
     parent, _, name = uri.rstrip("/").rpartition("/")
     if not parent or parent.endswith(":/"):
@@ -76,7 +80,7 @@ def part_of(uri: str) -> tuple[str, str]:
 
 
 def _one_layout(weights: list[str], *, single_files: bool) -> list[str]:
-    """Return the weights of one layout where a repository has both."""
+    """Return the weights of one layout if a repository has both."""
     folders = {_folder_of(name) for name in weights}
     if single_files and "" in folders:
         return [name for name in weights if _folder_of(name) not in ("transformer", "vae")]
@@ -84,7 +88,7 @@ def _one_layout(weights: list[str], *, single_files: bool) -> list[str]:
 
 
 def _one_variant(weights: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """Return the weights in one precision. Shards are preferred to a whole file beside them."""
+    """Return the weights in one precision. Shards are preferred to a single file with the same weights."""
     by_folder = defaultdict(list)
     for name in weights:
         by_folder[_folder_of(name)].append(name)
@@ -98,24 +102,24 @@ def _one_variant(weights: Sequence[str], settings: Sequence[str]) -> list[str]:
 
 
 def _is_known(name: str) -> bool:
-    """Return whether a file has the folder and the suffix of a model's file."""
+    """Return whether a model needs a file, by its folder and suffix."""
     folder, slash, file = name.rpartition("/")
     is_in_place = folder in LISTED_FOLDERS if slash else True
     return is_in_place and "\\" not in file and file.endswith((*WEIGHT_SUFFIXES, *_SETTINGS_SUFFIXES))
 
 
 def is_weight(name: str) -> bool:
-    """Return whether a name is that of a file of tensors."""
+    """Return whether a file holds tensors, by its name."""
     return name.endswith(WEIGHT_SUFFIXES)
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a name is that of a shard: one of several files of a model."""
+    """Return whether a file is a shard of a model in several files, by name."""
     return _SHARD_NAME.search(name) is not None
 
 
 def is_pickle(name: str) -> bool:
-    """Return whether a name is that of a pickle, in upper or lower case."""
+    """Return whether a file is a pickle, by its suffix in upper or lower case."""
     return name.lower().endswith(_PICKLE_SUFFIXES)
 
 

@@ -1,7 +1,7 @@
-"""GGUF blocks to numbers, bit for bit as the package `gguf`; the common formats on any device.
+"""Dequantization of GGUF blocks, bit for bit as the package `gguf` does it; the common formats on any device.
 
-A block holds a row's next 32 or 256 numbers as small integers q and one or two fp16 factors: d q, or d q - m. Formats
-and field order: ggml-org/ggml, src/ggml-common.h; the arithmetic is in fp32, one operation after another, as there.
+A block holds 32 or 256 consecutive numbers of a row as small integers q and one or two fp16 factors: d q, or d q - m.
+Formats and field order: ggml-org/ggml, src/ggml-common.h. The arithmetic is in fp32, in the same order of operations.
 Letters: n blocks, y bytes.
 """
 
@@ -20,7 +20,7 @@ _Decoder = Callable[[Tensor], Tensor]
 def dequantize(rows: Tensor, dtype: str) -> Tensor:
     """Return the numbers (rows, columns) of packed rows (rows, bytes): uint8 to fp32, on the device of the rows.
 
-    `dtype`: a GGUF type, as Q4_K. Raises: ValueError for numbers that are not finite, as damaged files have them.
+    `dtype`: a GGUF type, such as Q4_K. Raises: ValueError for numbers that are not finite, a sign of a damaged file.
     """
     kind = gguf.GGMLQuantizationType[dtype]
     _, size = gguf.GGML_QUANT_SIZES[kind]
@@ -28,7 +28,7 @@ def dequantize(rows: Tensor, dtype: str) -> Tensor:
         numbers = DECODERS[dtype](rows.reshape(-1, size)).reshape(len(rows), -1)
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # not finite: said below
+            warnings.simplefilter("ignore", RuntimeWarning)  # numbers that are not finite raise below
             numbers = torch.from_numpy(gguf.dequantize(rows.cpu().numpy(), kind)).to(rows.device)
     if not numbers.isfinite().all():
         raise ValueError("it holds numbers that are not finite: it is damaged, download it again")
@@ -99,7 +99,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
 
 
 def _scaled_and_shifted(d: Tensor, m: Tensor, scales: Tensor, q: Tensor) -> Tensor:
-    """Return (n, 256): every 32 numbers share a factor and a shift of six bits, packed into 12 bytes a block."""
+    """Return (n, 256): every 32 numbers share a factor and a shift of six bits, packed into 12 bytes of the block."""
     low, middle, high = scales.split(4, dim=1)
     factors = torch.cat((low & 0x3F, (high & 0x0F) | ((low >> 2) & 0x30)), dim=1)
     shifts = torch.cat((middle & 0x3F, (high >> 4) | ((middle >> 2) & 0x30)), dim=1)

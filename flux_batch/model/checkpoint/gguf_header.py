@@ -1,7 +1,7 @@
-"""The header of a GGUF file: names, shapes, types and offsets of its tensors; knows no architecture.
+"""The header of a GGUF file: names, shapes, types and offsets of its tensors.
 
-The package `gguf` has the types and their sizes. Its own reader trusts the counts in a file: a damaged one of 96 bytes
-keeps it busy until the memory is full. Here nothing is read or allocated that the file is too short to hold.
+The types and their sizes come from the package `gguf`. The package's own reader is not used, since it trusts the counts
+in a file: a damaged file of 96 bytes makes it fill the memory. This reader checks every count against the file size.
 Source of the format: ggml-org/ggml, docs/gguf.md.
 """
 
@@ -18,11 +18,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 GGUF_MAGIC = b"GGUF"
 _GGUF_VERSIONS = (2, 3)
 _MAX_DIMS = 4
-# Far above those of any model, and low enough to be read in a moment.
+# Far more than any model has, and few enough to be read in a moment.
 _MAX_TENSORS = 100_000
 _MAX_HEADER_SIZE = 128 * 2**20
 _DEFAULT_ALIGNMENT = 32
-# The block formats that can be turned back into numbers; F32, F16, BF16 and F64 are named as in safetensors.
+# The block formats that can be dequantized; F32, F16, BF16 and F64 are named as in safetensors.
 QUANTIZED_DTYPES = frozenset({
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4",
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
@@ -44,7 +44,7 @@ _SCALAR_SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class _GgufTensor:
-    """A tensor in the header. `shape`: rows first, as in torch; `offset`: its first byte in the file."""
+    """A tensor in the header. `shape`: rows first, as in torch; `offset`: the file position of its first byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class _GgufTensor:
 
 
 class _Cursor:
-    """An offset in the header, which every read moves on, never beyond the end."""
+    """A position in the header; every read advances it, never beyond the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -81,9 +81,9 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> tuple[list[_GgufTensor], dict[str, str]]:
-    """Read the header of a GGUF file. Returns: its tensors, and its metadata that are texts.
+    """Read the header of a GGUF file. Returns: its tensors, and the metadata whose values are texts.
 
-    Raises: ValueError that names the file if it is damaged, or of an unknown version or type.
+    Raises: ValueError with the file's name if it is damaged, or of an unknown version or type.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
@@ -119,7 +119,7 @@ def _read_header(cursor: _Cursor) -> tuple[list[_GgufTensor], dict[str, str]]:
 
 
 def _read_value(cursor: _Cursor) -> str | int | None:
-    """Read a value of the header: a text or an unsigned integer; None for others, which are skipped."""
+    """Read a text or an unsigned integer of the header; skip any other value and return None."""
     kind = GGUFValueType(cursor.number("I"))
     if kind is GGUFValueType.STRING:
         return cursor.text()

@@ -1,4 +1,4 @@
-"""The files of what reads image prompts, told by their keys: a Redux, an IP-Adapter, and their vision towers.
+"""The files of models that read image prompts, detected by their keys: Redux, IP-Adapter and their vision towers.
 
 Sources: black-forest-labs/flux 802fb47, src/flux/modules/image_embedders.py; XLabs-AI/x-flux 4749542,
 src/flux/xflux_pipeline.py; diffusers 0.42.1, loaders/ip_adapter.py; transformers 5.23 for the towers.
@@ -22,17 +22,17 @@ PROMPT_PART_TITLES: dict[PromptPart, str] = {
 
 # Folders of a Redux and of a vision tower in the repositories of diffusers.
 _EMBEDDER, _TOWER = "image_embedder", "image_encoder"
-# The prefix of a vision tower's keys, and the beginnings of others in its file: the text half of a CLIP or SigLIP, and
-# the head that pools what Redux reads in full.
+# The prefix of a vision tower's keys, and the prefixes of unused keys in its file: the text half of a CLIP or SigLIP,
+# and SigLIP's pooling head, since Redux reads the states of all patches.
 TOWER_PREFIX = "vision_model."
 _NOT_OF_TOWER = ("text_model.", "text_projection.", "logit_", "head.", "embeddings.position_ids")
-# In the name of a key of XLabs' IP-Adapter, and the beginnings of others, of diffusers and of InstantX too.
+# A part of a key of XLabs' IP-Adapter, and prefixes of keys of IP-Adapters, those of diffusers and InstantX included.
 _ADAPTER_KEY = "ip_adapter_double_stream_k_proj.weight"
 _ADAPTER_PREFIXES = ("ip_adapter_proj_model.", "image_proj.")
 
 
 def prompt_part(checkpoint: Checkpoint) -> PromptPart | None:
-    """Return which part of a reader of image prompts a checkpoint holds; None for any other."""
+    """Return the kind of image-prompt model that a checkpoint holds; None for any other checkpoint."""
     names = checkpoint.tensors
     if "redux_up.weight" in names:
         return "redux"
@@ -45,15 +45,15 @@ def prompt_part(checkpoint: Checkpoint) -> PromptPart | None:
 
 
 def embedder_in(source: Path) -> Path:
-    """Return the folder of a Redux in a repository of diffusers; anything else as it is."""
+    """Return the folder of a Redux in a diffusers repository; return any other path unchanged."""
     return source / _EMBEDDER if (source / _EMBEDDER).is_dir() else source
 
 
 def redux_files(source: Path, tower: Path | None = None) -> tuple[Path, Path]:
-    """Return the file or folder of a Redux, and that of its vision tower.
+    """Return the paths of a Redux and its vision tower, each a file or folder.
 
-    source: the file, or a folder that holds it by itself or in `image_embedder`. tower: None is the folder
-    `image_encoder` beside it. Raises: ValueError saying what is missing.
+    source: the file, or a folder that holds it directly or in `image_embedder`. tower: None stands for the folder
+    `image_encoder` beside it. Raises: ValueError if one of the two is missing.
     """
     home = source if source.is_dir() else source.parent
     home = home.parent if home.name == _EMBEDDER else home
@@ -66,7 +66,7 @@ def redux_files(source: Path, tower: Path | None = None) -> tuple[Path, Path]:
 def ip_adapter_files(source: Path, tower: Path | None = None) -> tuple[Path, Path]:
     """Return the file of an IP-Adapter, and the file or folder of its vision tower.
 
-    source, tower: as of `redux_files`. Raises: ValueError saying what is missing, or that the file is a pickle.
+    source, tower: as in `redux_files`. Raises: ValueError if one of the two is missing, or if the file is a pickle.
     """
     names = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
     if any(map(is_pickle, names)) and not any(map(is_weight, names)):
@@ -80,13 +80,13 @@ def ip_adapter_files(source: Path, tower: Path | None = None) -> tuple[Path, Pat
 
 
 def tower_of(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the vision tower in a checkpoint, without its prefix and all else."""
+    """Return only the vision tower of a checkpoint, without the prefix of its keys."""
     names = {name: name.removeprefix(TOWER_PREFIX) for name in checkpoint.tensors}
     return checkpoint.rename({old: new for old, new in names.items() if not new.startswith(_NOT_OF_TOWER)})
 
 
 def _one_file(source: Path, key: str, title: str, name: str) -> Path:
-    """Return the file, or the one in a folder that has a key. Raises: ValueError for none or several."""
+    """Return the file, or the only file of a folder that has the key. Raises: ValueError for none or several."""
     if not source.is_dir():
         return source
     files = [path for path in weight_files(source) if any(key in each for each in open_checkpoint(path).tensors)]

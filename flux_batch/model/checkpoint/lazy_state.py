@@ -1,4 +1,4 @@
-"""A checkpoint as a lazy state dict: dense tensors of one dtype on one device, each read when it is asked for."""
+"""A checkpoint as a lazy state dict: dense tensors of one dtype on one device, each read on access."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flux_batch.model.checkpoint.gguf_blocks import dequantize
 from flux_batch.model.checkpoint.gguf_header import QUANTIZED_DTYPES, stored_size
 
 _GGUF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Numbers decoded at a time, so that their fp32 form needs little memory whatever the size of the tensor.
+# Numbers to decode at a time, so that their fp32 form needs little memory even for a large tensor.
 CHUNK_NUMBERS = 2**20
 
 
@@ -30,8 +30,8 @@ class Pieces:
 class StoredState(Mapping[str, Tensor]):
     """A checkpoint as a state dict that reads each tensor on demand, without a copy.
 
-    Files are mapped: on the CPU, a tensor that needs no conversion is its pages of the file. `parts`: the pieces of
-    each tensor, by name, if they are not those of the file; `dtypes`: the tensors with a dtype of their own.
+    Files are mapped: on the CPU, a tensor that needs no conversion shares the mapped pages of the file. `parts`: the
+    pieces of each tensor, by name, if the file has another layout; `dtypes`: exceptions from `dtype`, by tensor name.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class StoredState(Mapping[str, Tensor]):
             return self._decoded(tensor, stored, dtype, lambda rows, at: rows.float() * scale[at])
         if stored.dtype in QUANTIZED_DTYPES:
             return self._decoded(tensor, stored, dtype, lambda rows, _: dequantize(rows, stored.dtype))
-        # Stored bytes travel, as they are mostly fewer; the device converts.
+        # Convert on the device: stored numbers are usually narrower, so there are fewer bytes to copy.
         return tensor.to(self.device).to(dtype)
 
     def _decoded(
         self, tensor: Tensor, stored: StoredTensor, dtype: torch.dtype, decode: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """Return the tensor that `decode` makes, some rows at a time, in fp32."""
+        """Return a decoded tensor, decoding some rows at a time in fp32."""
         dense = torch.empty(stored.shape, dtype=dtype, device=self.device)
         rows, out = tensor.reshape(-1, tensor.shape[-1]), dense.view(-1, stored.shape[-1])
         step = max(1, CHUNK_NUMBERS // stored.shape[-1])
@@ -126,10 +126,10 @@ class StoredState(Mapping[str, Tensor]):
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
 
     def __deepcopy__(self, memo: object) -> StoredState:
-        return self  # files are read, and mapped once
+        return self  # the files are read-only and mapped once
 
     def __contains__(self, name: object) -> bool:
-        # Mapping's own would read the tensor to find out.
+        # Mapping.__contains__ would read the tensor.
         return name in (self._tensors if self._parts is None else self._parts)
 
     def __iter__(self) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _tensor_of_each_file(checkpoint: Checkpoint) -> dict[Path, StoredTensor]:
 
 
 def _map_file(path: Path, tensor: StoredTensor) -> Any:
-    """Return a mapped file, read by nobody yet: safetensors' reader, or the bytes of a GGUF file."""
+    """Map a file without reading it. Returns: safetensors' reader, or the bytes of a GGUF file."""
     if tensor.offset is None:
         return open_safetensors(path)
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A checkpoint to a module with its weights: built on meta, checked, loaded tensor by tensor."""
+"""Loading of a checkpoint into a module: built on meta, checked, filled tensor by tensor."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from flux_batch.model.params import Config, autoencoder_params, flux_params
 from flux_batch.model.transformer import Flux
 
 _Module = TypeVar("_Module", bound=nn.Module)
-# Changes a module on meta in place before its weights are loaded: replaces layers by others that load themselves.
+# Changes a module on meta in place before its weights are loaded: replaces layers by layers that load themselves.
 Prepare = Callable[[nn.Module], object]
 
 
 @runtime_checkable
 class SelfLoading(Protocol):
-    """A layer that loads its weights in its own way, as fp8 that stays."""
+    """A layer that loads its weights in its own way, such as one in fp8."""
 
     def load_from(self, state: StoredState, name: str) -> None:
         """Load the weights of the layer, which the model calls `name`."""
@@ -53,8 +53,8 @@ def load_transformer(
 ) -> Flux:
     """Load the transformer of a checkpoint; `config`: its config.json of diffusers, or empty.
 
-    Raises: ValueError that names the file and the keys that are missing, unknown or of another shape, or the variant
-    that this program cannot run.
+    Raises: ValueError with the file and the keys that are missing, unknown or of another shape, or with the variant
+    that is not supported.
     """
     what = "a FLUX.1 transformer"
     rules = transformer_rules if kind is CheckpointKind.TRANSFORMER_DIFFUSERS else None
@@ -76,9 +76,9 @@ def load_controlnet(
     device: torch.device,
     prepare: Prepare | None = None,
 ) -> ControlNet:
-    """Load a ControlNet of either layout, told by its keys; `config`: its config.json of diffusers, or empty.
+    """Load a ControlNet; its keys tell the layout. `config`: its config.json of diffusers, or empty.
 
-    Raises: ValueError that names the file and the keys that are missing, unknown or of another shape.
+    Raises: ValueError with the file and the keys that are missing, unknown or of another shape.
     """
     what = "a ControlNet of FLUX.1"
     is_diffusers = any(name.startswith(CheckpointKind.TRANSFORMER_DIFFUSERS.value) for name in checkpoint.tensors)
@@ -97,8 +97,8 @@ def load_autoencoder(
 ) -> AutoEncoder:
     """Load the autoencoder of a checkpoint; `config`: its config.json of diffusers, or empty.
 
-    float32 replaces float16, in which it overflows: FLUX.1's own vae/config.json says force_upcast.
-    Raises: ValueError that names the file and the keys that are missing, unknown or of another shape.
+    It overflows in float16, so float32 replaces float16: FLUX.1's own vae/config.json says force_upcast.
+    Raises: ValueError with the file and the keys that are missing, unknown or of another shape.
     """
     what = "a FLUX.1 autoencoder"
     rules = autoencoder_rules if kind is CheckpointKind.AUTOENCODER_DIFFUSERS else None
@@ -116,7 +116,7 @@ def load_autoencoder(
 def for_device(model: AutoEncoder, device: torch.device) -> AutoEncoder:
     """Return an autoencoder in the memory format of the device: channels last on CUDA, for its tensor cores.
 
-    On the CPU it stays as it is, so that images are those of diffusers bit for bit.
+    On the CPU it stays unchanged, so that images equal those of diffusers bit for bit.
     """
     if device.type == "cuda":
         for parameter in model.parameters():
@@ -138,11 +138,11 @@ def _checked_state(
 
 
 def diffusers_pieces(rules: Rules, names: Mapping[str, object]) -> dict[str, Pieces]:
-    """Return the pieces of our tensors in a checkpoint of diffusers with these names."""
+    """Return for each of our tensors its pieces in a diffusers checkpoint with these keys."""
     return {rule.original: Pieces(rule.diffusers, rule.join) for rule in rules(names) if rule.diffusers[0] in names}
 
 
-# Weights are no inference tensors, whoever loads: those cannot be changed outside of inference mode, as LoRAs do.
+# Weights must not become inference tensors when the caller is in inference mode: LoRAs change weights outside of it.
 @torch.inference_mode(False)
 @torch.no_grad()
 def load_weights(model: _Module, state: StoredState, prepare: Prepare | None = None) -> _Module:
@@ -156,14 +156,14 @@ def load_weights(model: _Module, state: StoredState, prepare: Prepare | None = N
         for name, _ in list(module.named_parameters(recurse=False)):
             tensor = state[f"{prefix}.{name}" if prefix else name]
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-    # LoRAs are unfused by reading from here again; the files stay mapped.
+    # Unfusing a LoRA reads the weights from here again, so the files stay mapped.
     model.stored = state  # type: ignore[assignment]
     return model.requires_grad_(False).eval()
 
 
 @contextmanager
 def naming_errors(checkpoint: Checkpoint, what: str) -> Iterator[None]:
-    """Run the block with the checkpoint's name before the message of every ValueError."""
+    """Run the block and put the checkpoint's name before the message of every ValueError."""
     try:
         yield
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""Conditions beside the text, as plain maths: masks and images in the channels of tokens, kept latents, variants."""
+"""Conditions beside the text: masks, control images, reference images, image prompts, and the variants of FLUX.1."""

@@ -1,4 +1,4 @@
-"""Conditions in the channels of each image token: those of Fill, Canny and Depth; knows no image file.
+"""Conditions in the channels of each image token, for Fill, Canny and Depth.
 
 Letters: b batch, n image tokens, h and w of the packed latents, c channels of a condition, s pixels along a latent.
 Source: black-forest-labs/flux 802fb47, src/flux/sampling.py, prepare_fill, prepare_control and denoise.
@@ -16,7 +16,7 @@ from flux_batch.model.sampling import Velocity, on_device, pack
 class WithChannels:
     """A velocity whose model reads a condition in the channels of each token.
 
-    They come behind the noisy ones.
+    The channels of the condition come after the noisy ones.
     condition: (b, n, c), the same at every step: it is never noised.
     """
 
@@ -30,9 +30,9 @@ class WithChannels:
 
 
 def pack_mask(mask: Tensor, downscale: int) -> Tensor:
-    """Return every pixel of a mask in the token that covers it: (b, 1, 2 s h, 2 s w) -> (b, h w, 4 s s).
+    """Return a mask as token channels, each pixel in its token: (b, 1, 2 s h, 2 s w) -> (b, h w, 4 s s).
 
-    The pixels of a latent become its channels, row by row; these are packed as latents are.
+    The pixels of a latent become its channels, row by row, and are then packed like latents.
     """
     pixels = rearrange(mask, "b 1 (h y) (w x) -> b (y x) h w", y=downscale, x=downscale)
     return pack(pixels)

@@ -1,7 +1,7 @@
-"""ControlNets: side networks whose results are added to the image tokens after the blocks of FLUX; no image file here.
+"""ControlNets: side networks whose residuals are added to the image tokens after the blocks of FLUX.
 
-Two kinds: that of InstantX (union, Pro-2.0, Upscaler, alimama's inpainting) reads the latents of a control image, that
-of XLabs its pixels. Sources: diffusers 0.42.1, models/controlnets/controlnet_flux.py and
+There are two kinds: InstantX's (union, Pro-2.0, Upscaler, alimama's inpainting) reads the latents of a control image,
+XLabs' reads its pixels. Sources: diffusers 0.42.1, models/controlnets/controlnet_flux.py and
 models/transformers/transformer_flux.py; XLabs-AI/x-flux 4749542, src/flux/controlnet.py.
 Letters: b batch, n image tokens, l text tokens, h and w of the packed latents.
 """
@@ -22,17 +22,17 @@ from flux_batch.model.sampling import pack
 from flux_batch.model.transformer import Denoiser, Flux, Modulations, PromptEmbeds, Residuals
 
 _HINT_CHANNELS = 16
-# A mask at the size of latents, 2 x 2 of it in a token.
+# A mask in the size of the latents, 2 x 2 values in each token.
 _MASK_CHANNELS = 4
 _HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlNetParams:
-    """A ControlNet: `flux` are its own blocks and embedders; it has no last layer.
+    """A ControlNet: `flux` describes its own blocks and embedders; it has no last layer.
 
-    condition_channels: those of a packed token of the control image. num_modes: of a union net, 0 for any other.
-    reads_pixels: XLabs' kind.
+    condition_channels: the channels of a packed token of the control image. num_modes: the modes of a union net, 0 for
+    other nets. reads_pixels: True for XLabs' kind.
     """
 
     flux: FluxParams
@@ -50,7 +50,7 @@ class ControlNetParams:
 
     @property
     def reads_mask(self) -> bool:
-        """True for alimama's kind, which repaints what a mask says."""
+        """True for alimama's kind, which repaints the area of a mask."""
         return self.condition_channels > self.flux.in_channels
 
 
@@ -65,7 +65,7 @@ def controlnet_params(shapes: Shapes, config: Config) -> ControlNetParams:
     condition = shape_of(shapes, "pos_embed_input.weight" if reads_pixels else "controlnet_x_embedder.weight")
     modes = "controlnet_mode_embedder.weight"
     return ControlNetParams(
-        # Of the last layer, which it lacks, only the channels are read.
+        # A ControlNet has no last layer, but `flux_params` reads the output channels from its shape.
         flux=flux_params({**shapes, "final_layer.linear.weight": (columns, rows)}, config),
         condition_channels=condition[1],
         num_modes=shape_of(shapes, modes)[0] if modes in shapes else 0,
@@ -74,7 +74,7 @@ def controlnet_params(shapes: Shapes, config: Config) -> ControlNetParams:
 
 
 def check_controlnet_fits(net: FluxParams, base: FluxParams) -> None:
-    """Raise ValueError unless a net reads the tokens, texts and positions of its base."""
+    """Raise ValueError unless a net fits the tokens, texts and positions of its base model."""
     for title, name, wanted in (
         ("numbers in a token", "hidden_size", base.hidden_size),
         ("channels of a latent patch", "in_channels", base.out_channels),
@@ -87,7 +87,7 @@ def check_controlnet_fits(net: FluxParams, base: FluxParams) -> None:
 
 
 class ControlNet(Flux):
-    """The side network: blocks of FLUX, and a projection of the image tokens after each."""
+    """The side network: blocks of FLUX, each followed by a projection of its image tokens."""
 
     def __init__(self, params: ControlNetParams) -> None:
         super().__init__(params.flux)
@@ -109,9 +109,9 @@ class ControlNet(Flux):
         return Modulations(double, single, vec[:, None, :0])
 
     def embed_condition(self, condition: Tensor) -> Tensor:
-        """Return what a control image adds to the image tokens, the same at every step: (b, n, hidden).
+        """Return the embedding of a control image, added to the image tokens at every step: (b, n, hidden).
 
-        condition: packed latents (b, n, c); of XLabs' kind pixels in [-1, 1], (b, 3, 16h, 16w).
+        condition: packed latents (b, n, c); for XLabs' kind pixels in [-1, 1], (b, 3, 16h, 16w).
         """
         if not self.controlnet_params.reads_pixels:
             embedded: Tensor = self.controlnet_x_embedder(condition)
@@ -122,13 +122,13 @@ class ControlNet(Flux):
     def residuals(
         self, img: Tensor, txt: Tensor, modulations: Modulations, pe: Tensor, condition: Tensor, num_double: int
     ) -> Residuals:
-        """Return the projections after each block, as many as the net has; of double blocks at most `num_double`.
+        """Return the projection after each block of the net, for at most `num_double` double blocks.
 
-        img: (b, n, in_channels) as the base reads them, but for its conditions; condition: of `embed_condition`.
+        img: (b, n, in_channels), the base's input without its conditions; condition: from `embed_condition`.
         """
         img = self.img_in(img) + condition
         double, single = [], []
-        # A last block that feeds none of the base's is not run, unless single blocks come after it.
+        # A last double block that feeds no block of the base is skipped, unless single blocks follow it.
         count = len(self.double_blocks) if len(self.single_blocks) else num_double
         for index, (block, project) in enumerate(zip(self.double_blocks, self.controlnet_blocks, strict=True)):
             if index < count:
@@ -144,10 +144,10 @@ class ControlNet(Flux):
 
 
 class ControlUse(NamedTuple):
-    """A net with a control image of each image: its strength, and the share of the steps at which it counts.
+    """A net with its control images, strength, and the steps at which it is active.
 
-    condition: of `ControlNet.embed_condition`, (b, n, hidden). mode: of a union net, else None. weights: of each
-    image, beside the scale, (b, 1, 1); None is 1 for all.
+    condition: from `ControlNet.embed_condition`, (b, n, hidden). mode: the mode of a union net, else None. weights:
+    (b, 1, 1), a factor of the scale for each image; None is 1 for all. start, end: shares of the steps, 0..1.
     """
 
     net: ControlNet
@@ -160,19 +160,20 @@ class ControlUse(NamedTuple):
 
     @property
     def strength(self) -> Tensor | float:
-        """The factor of the residuals: (b, 1, 1), or one number for all images."""
+        """The factor of the residuals: (b, 1, 1), or a number for all images."""
         return self.scale if self.weights is None else self.scale * self.weights
 
     def is_active(self, step: int, num_steps: int) -> bool:
-        """Return whether the net counts at a step, as in diffusers."""
+        """Return whether the net is active at a step, as in diffusers."""
         return counts_at(step, num_steps, self.start, self.end)
 
 
 class Controls:
-    """The sum of some nets' residuals, for one denoising loop: call it with each step in turn.
+    """The sum of the residuals of several nets for one denoising loop: call it with each step in turn.
 
-    A second call for a step, of a pass with negative prompts, has the residuals of the first, as in diffusers.
-    pe: takes the number of text tokens, of which a union net has one more. base: the model that they are added to.
+    A second call for the same step (the pass with negative prompts) returns the residuals of the first, as in
+    diffusers. pe: a function from the number of text tokens to `position_table`; a union net has one more text token.
+    base: the model to whose blocks the residuals are added.
     """
 
     def __init__(
@@ -197,14 +198,14 @@ class Controls:
         self._last: tuple[int, Residuals | None] = (-1, None)
 
     def __call__(self, step: int, img: Tensor) -> Residuals | None:
-        """Return what is added after each block of the base; None if no net counts at a step."""
+        """Return the residuals for each block of the base; None if no net is active at the step."""
         if self._last[0] != step:
             parts = [self._residuals(use, each, step, img) for use, each in self._nets if self._counts(use, step)]
             self._last = step, _sum(parts) if parts else None
         return self._last[1]
 
     def changes(self, step: int) -> bool:
-        """Return whether other nets count at a step than at the one before."""
+        """Return whether the set of active nets differs from that of the step before."""
         return any(self._counts(use, step) != self._counts(use, step - 1) for use, _ in self._nets)
 
     def _counts(self, use: ControlUse, step: int) -> bool:
@@ -224,9 +225,10 @@ class Controls:
 
 
 def spread(residuals: Sequence[Tensor], num_blocks: int, count: int, repeats: bool = False) -> list[Tensor]:
-    """Return the residual of each block of the base: each for several in a row, or all in turn if it `repeats`.
+    """Return the residual for each block of the base.
 
-    count: the residuals of the net, those included that feed no block.
+    Each residual feeds several consecutive blocks; with `repeats` the blocks take the residuals in turn.
+    count: the number of residuals of the net, unused ones included.
     """
     if not residuals:
         return []
@@ -235,12 +237,12 @@ def spread(residuals: Sequence[Tensor], num_blocks: int, count: int, repeats: bo
 
 
 def _sum(parts: Sequence[Residuals]) -> Residuals:
-    """Return the sum of residuals, each already those of the base's blocks: nets may have other numbers of them."""
+    """Return the sum of residuals that `spread` has already mapped to the base's blocks."""
     return Residuals(*(_sum_lists([getattr(part, kind) for part in parts]) for kind in ("double", "single")))
 
 
 def _sum_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Return the sums of tensors at the same places; those of the same tensors are one tensor."""
+    """Return the sums of tensors at the same index; equal sums share one tensor."""
     sums: dict[tuple[int, ...], Tensor] = {}
     places = list(zip(*(each for each in lists if each), strict=True))
     for place in places:
@@ -250,7 +252,7 @@ def _sum_lists(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _hint_block() -> nn.Sequential:
-    """Return XLabs' convolutions: eight, from the pixels to what a latent's worth of them says."""
+    """Return XLabs' eight convolutions, from pixels to features in the size of the latents."""
     layers: list[nn.Module] = []
     for index, stride in enumerate(_HINT_STRIDES):
         layers += [nn.Conv2d(_HINT_CHANNELS if index else 3, _HINT_CHANNELS, 3, stride, padding=1), nn.SiLU()]

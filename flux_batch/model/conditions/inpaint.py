@@ -1,4 +1,4 @@
-"""Inpainting by a model that knows no masks: what is not repainted is put back after every step.
+"""Inpainting with a model that reads no mask: after every step the area outside the mask is restored.
 
 Source: diffusers 0.42.1, FluxInpaintPipeline. Letters: b batch, n packed tokens, c their channels, s pixels a latent.
 """
@@ -13,16 +13,15 @@ from flux_batch.model.sampling import add_noise, pack
 def latent_mask(mask: Tensor, num_channels: int, downscale: int) -> Tensor:
     """Return a mask of pixels as one of packed latents: (b, 1, 2 s h, 2 s w) -> (b, h w, 4 num_channels).
 
-    A latent is repainted if its first pixel is, as nearest neighbours choose it.
+    A latent takes the value of its first pixel, as in nearest-neighbour resizing.
     """
     return pack(mask[:, :, ::downscale, ::downscale].expand(-1, num_channels, -1, -1))
 
 
 class KeptLatents:
-    """The latents of an image, put back after each step where its mask is 0.
+    """The latents of an image, restored after each step where its mask is 0.
 
-    They are as noisy as the others are then.
-
+    Noise is added to them up to the noise level of that step.
     latents, noise, mask: (b, n, c) packed; mask is 1 where the image is repainted. sigmas: (steps + 1,).
     """
 
@@ -33,6 +32,6 @@ class KeptLatents:
         self._sigmas = sigmas
 
     def __call__(self, step: int, img: Tensor) -> Tensor:
-        """Return the latents after a step, with the kept ones in their places."""
+        """Return the latents after a step, with the kept ones restored."""
         kept = add_noise(self._latents, self._noise, self._sigmas[step + 1])
         return (1 - self._mask) * kept + self._mask * img

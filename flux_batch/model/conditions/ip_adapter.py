@@ -1,4 +1,4 @@
-"""XLabs' IP-Adapter: image tokens attend to tokens of an image prompt after each double block; no image file here.
+"""XLabs' IP-Adapter: in each double block, image tokens also attend to the tokens of an image prompt.
 
 Sources: XLabs-AI/x-flux 4749542, src/flux/modules/layers.py; diffusers 0.42.1, models/transformers/transformer_flux.py,
 FluxIPAdapterAttnProcessor. Attribute names are the keys of the files.
@@ -24,7 +24,7 @@ from flux_batch.model.transformer import ImagePrompt
 
 _PROJECTION = "ip_adapter_proj_model"
 _KEY, _VALUE = "ip_adapter_double_stream_k_proj", "ip_adapter_double_stream_v_proj"
-# The names of diffusers, loaders/ip_adapter.py -> those of XLabs.
+# Keys of diffusers (loaders/ip_adapter.py) -> keys of XLabs.
 _OTHER_KEYS = (
     (r"^image_proj\.", f"{_PROJECTION}."),
     (r"^ip_adapter\.(\d+)\.to_k_ip\.", rf"double_blocks.\1.processor.{_KEY}."),
@@ -34,7 +34,7 @@ _OTHER_KEYS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IPAdapterParams:
-    """An IP-Adapter: the width of an image's embedding, and the number and width of its tokens."""
+    """An IP-Adapter: the width of an image's embedding, the number and the width of its tokens."""
 
     embed_dim: int
     num_tokens: int
@@ -59,7 +59,7 @@ def ip_adapter_params(shapes: Shapes) -> IPAdapterParams:
 
 
 class IPAdapter(nn.Module):
-    """The projections of an image's embedding: to tokens, and of these to keys and values of each double block."""
+    """The projections of an image prompt: embedding to tokens, and tokens to each double block's keys and values."""
 
     def __init__(self, params: IPAdapterParams) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class IPAdapter(nn.Module):
         )
 
     def tokens(self, embeds: Tensor) -> Tensor:
-        """Return the tokens of image prompts, those of several images in a row: (b, k, e) -> (b, k m, token_dim)."""
+        """Return the tokens of image prompts, image after image: (b, k, e) -> (b, k m, token_dim)."""
         model = self.ip_adapter_proj_model
         tokens = rearrange(model["proj"](embeds), "b k (m d) -> b (k m) d", m=self.params.num_tokens)
         normed: Tensor = model["norm"](tokens)
@@ -85,8 +85,8 @@ class IPAdapter(nn.Module):
     ) -> ImagePrompt:
         """Return the keys and values of image prompts for each double block of the base.
 
-        embeds: (b, k, e), CLIP's. scale: of all blocks, or of each; weights: of each image, (b, k). Values carry both,
-        which is the same as scaling what attention finds.
+        embeds: (b, k, e), from CLIP. scale: one for all blocks, or one for each; weights: (b, k), one for each image.
+        Both multiply the values, which equals scaling the result of attention.
         """
         tokens = self.tokens(embeds)
         of_tokens = 1.0 if weights is None else weights.repeat_interleave(self.params.num_tokens, dim=1)[..., None]
@@ -103,7 +103,7 @@ class IPAdapter(nn.Module):
 def load_ip_adapter(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> IPAdapter:
     """Load an IP-Adapter of XLabs' kind, under its own keys or those of diffusers.
 
-    Raises: ValueError naming what is missing, or InstantX's kind.
+    Raises: ValueError for missing keys, or for InstantX's kind.
     """
     what = "an IP-Adapter of XLabs"
     if any(name.startswith("ip_adapter.") for name in checkpoint.tensors) and "image_proj.proj.0.weight" in (

@@ -1,4 +1,4 @@
-"""FLUX.1-Redux: an image as tokens after those of the text, made of what SigLIP's vision tower sees.
+"""FLUX.1-Redux: an image becomes tokens after those of the text, computed from SigLIP's states of its patches.
 
 Sources: black-forest-labs/flux 802fb47, src/flux/modules/image_embedders.py; diffusers 0.42.1,
 pipelines/flux/modeling_flux.py.
@@ -18,7 +18,7 @@ from flux_batch.model.params import shape_of
 
 
 class Redux(nn.Module):
-    """The two layers that turn the states of patches into text tokens."""
+    """The two layers that turn the states of image patches into text tokens."""
 
     def __init__(self, width: int, hidden: int, context_in_dim: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Redux(nn.Module):
 
     @property
     def context_in_dim(self) -> int:
-        """The width of the text tokens that it makes."""
+        """The width of the tokens that it returns, that of the text tokens."""
         return self.redux_down.out_features
 
     def forward(self, states: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Redux(nn.Module):
 
 
 def load_redux(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Redux:
-    """Load the layers of FLUX.1-Redux. Raises: ValueError naming what is missing."""
+    """Load the layers of FLUX.1-Redux. Raises: ValueError with the missing keys."""
     what = "FLUX.1-Redux"
     with naming_errors(checkpoint, what):
         hidden, width = shape_of(checkpoint.shapes, "redux_up.weight")

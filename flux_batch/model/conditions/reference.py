@@ -1,8 +1,8 @@
-"""Reference images in the sequence of tokens, as FLUX.1-Kontext reads them; knows no image file and no size of pixels.
+"""Reference images in the sequence of tokens, as FLUX.1-Kontext reads them.
 
 Letters: b batch, n image tokens, m reference tokens, h and w of latents.
-Source: black-forest-labs/flux 802fb47, src/flux/sampling.py, prepare_kontext and denoise, where they come after the
-image's own tokens; before them the result is the same, since attention knows an order by positions alone.
+Source: black-forest-labs/flux 802fb47, src/flux/sampling.py, prepare_kontext and denoise. There they come after the
+image's own tokens, here before them. The result is the same, since attention sees the order only through positions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flux_batch.model.sampling import Velocity
 
 
 class Reference(NamedTuple):
-    """A reference image's latents: their height and width, and the token that its first one is at."""
+    """A reference image: its height and width in latents, and the position of its first token."""
 
     height: int
     width: int
@@ -41,18 +41,18 @@ class WithReferences:
 
 
 def placed(sizes: Sequence[tuple[int, int]]) -> tuple[Reference, ...]:
-    """Return references of these sizes, each beside or below those before it.
+    """Return references of these sizes, each placed beside or below those before it.
 
     sizes: height and width in latents.
 
-    It goes where the whole stays the smaller one, as if all were pasted into one image, which is what Kontext was
-    trained with. Source: Comfy-Org/ComfyUI a125cd8, comfy/ldm/flux/model.py, the method `offset`.
+    Kontext was trained on references pasted into one image. Each goes to the side where that image stays smaller.
+    Source: Comfy-Org/ComfyUI a125cd8, comfy/ldm/flux/model.py, the method `offset`.
     """
     found: list[Reference] = []
     used_height = used_width = 0
     for height, width in sizes:
         row, col = (0, used_width) if used_height + height > used_width + width else (used_height, 0)
         used_height, used_width = max(used_height, row + height), max(used_width, col + width)
-        # Positions count tokens, of two latents each.
+        # Positions count tokens; a token is two latents wide and high.
         found.append(Reference(height, width, (row + 1) // 2, (col + 1) // 2))
     return tuple(found)

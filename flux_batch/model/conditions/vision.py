@@ -1,4 +1,4 @@
-"""The vision towers of transformers that image prompts are read by: SigLIP's for Redux, CLIP's for an IP-Adapter.
+"""The vision towers that read image prompts, from transformers: SigLIP's for Redux, CLIP's for an IP-Adapter.
 
 Letters: b batch, n patches, d width of the tower, e width of an image's embedding, s side in pixels.
 """
@@ -16,22 +16,22 @@ from flux_batch.model.checkpoint.lazy_state import StoredState
 from flux_batch.model.checkpoint.loading import load_weights, naming_errors
 from flux_batch.model.params import Config, Shapes, count_of, shape_of
 
-# Settings that shapes do not tell.
+# Settings that cannot be read from the shapes of the weights.
 _SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size")
-# Widths of a head, and the side of siglip-so400m in pixels, of which 27 patches of 14 leave 6 unused.
+# Widths of a head, and the side of siglip-so400m in pixels: 27 patches of 14 pixels, and 6 unused pixels.
 _SIGLIP_HEAD_DIM, _CLIP_HEAD_DIM = 72, 64
 _SIGLIP_SIDE, _SIGLIP_POSITIONS = 384, 729
 
 
 class _VisionTower:
-    """A vision tower of transformers, which reads squares of pixels."""
+    """A vision tower of transformers, which reads square images."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @property
     def side(self) -> int:
-        """The side in pixels of the square that it reads."""
+        """The side in pixels of the images that it reads."""
         side: int = self.model.config.image_size
         return side
 
@@ -41,7 +41,7 @@ class _VisionTower:
 
 
 class SiglipEncoder(_VisionTower):
-    """SigLIP's vision tower: the states of all patches after the last norm."""
+    """SigLIP's vision tower, which returns the states of all patches after the last norm."""
 
     @property
     def width(self) -> int:
@@ -56,7 +56,7 @@ class SiglipEncoder(_VisionTower):
 
 
 class ClipVisionEncoder(_VisionTower):
-    """CLIP's vision tower with its projection: an embedding of each image."""
+    """CLIP's vision tower with its projection, which returns an embedding of each image."""
 
     @property
     def width(self) -> int:
@@ -65,7 +65,7 @@ class ClipVisionEncoder(_VisionTower):
         return width
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the embedding of images: (b, 3, s, s), normalized as CLIP's are -> (b, e)."""
+        """Return the embedding of images: (b, 3, s, s), normalized as CLIP expects -> (b, e)."""
         embeds: Tensor = self._read(pixels).image_embeds
         return embeds
 
@@ -97,12 +97,12 @@ def build_tower(config_class: Any, model_class: Any, settings: Config) -> Any:
     try:
         with torch.device("meta"):
             return model_class(config_class(**settings))
-    except Exception as error:  # of any class: settings are read from a file, and transformers computes with them
+    except Exception as error:  # of any class: transformers computes with the settings of the file
         raise ValueError(f"its config.json does not fit its weights: {error!r}") from error
 
 
 def _filled(model: Any, checkpoint: Checkpoint, what: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a tower of transformers with the weights of a checkpoint. Raises: ValueError for another's keys."""
+    """Return a tower filled with the weights of a checkpoint. Raises: ValueError if keys or shapes do not match."""
     own_names = {name.removeprefix(TOWER_PREFIX): name for name in model.state_dict()}
     checkpoint.check(what, {name: model.state_dict()[own].shape for name, own in own_names.items()})
     load_weights(model, StoredState(checkpoint.rename(own_names), dtype, device))
@@ -119,7 +119,7 @@ def _vision_config(checkpoint: Checkpoint) -> Config:
 
 
 def _siglip_settings(shapes: Shapes, config: Config) -> Config:
-    """Return the settings of a SigLIP tower: sizes from its shapes, the rest from its config.json, else so400m's."""
+    """Return a SigLIP tower's settings: sizes from shapes, the rest from config.json or the defaults of so400m."""
     hidden, channels, patch, _ = shape_of(shapes, "embeddings.patch_embedding.weight", 4)
     positions = shape_of(shapes, "embeddings.position_embedding.weight")[0]
     side = _SIGLIP_SIDE if positions == _SIGLIP_POSITIONS else round(positions**0.5) * patch
@@ -133,9 +133,9 @@ def _siglip_settings(shapes: Shapes, config: Config) -> Config:
 
 
 def _clip_settings(shapes: Shapes, config: Config) -> Config:
-    """Return the settings of a CLIP tower: sizes from its shapes, the rest from its config.json, else those of L."""
+    """Return a CLIP tower's settings: sizes from shapes, the rest from config.json or the defaults of CLIP-L."""
     hidden, channels, patch, _ = shape_of(shapes, "embeddings.patch_embedding.weight", 4)
-    positions = shape_of(shapes, "embeddings.position_embedding.weight")[0] - 1  # one is of the class token
+    positions = shape_of(shapes, "embeddings.position_embedding.weight")[0] - 1  # one is for the class token
     return {
         "num_attention_heads": max(1, hidden // _CLIP_HEAD_DIM),
         "image_size": round(positions**0.5) * patch,
@@ -147,7 +147,7 @@ def _clip_settings(shapes: Shapes, config: Config) -> Config:
 
 
 def _told(config: Config) -> Config:
-    """Return the settings that a config.json tells; null is as if left out."""
+    """Return the settings that a config.json holds, without those that are null."""
     return {name: config[name] for name in _SETTINGS if config.get(name) is not None}
 
 

@@ -1,4 +1,4 @@
-"""A LoRA file as changes of a model's weights, computed when they are asked for; changes no weight.
+"""A LoRA file as changes of a model's weights, computed on demand; no weight is changed here.
 
     weight + scale * (alpha / rank) * up @ down         LoRA, arXiv 2106.09685
     up @ down becomes (a1 @ b1) * (a2 @ b2)             LoHa, arXiv 2108.06098
@@ -7,9 +7,9 @@
     weight + scale * diff                               a full difference, of norms and biases too
     set                                                 norm scales of BFL's control LoRAs, whatever the scale
 
-A LoRA of `img_in` with fewer columns than the model's changes the first of them; one of a control LoRA for a model of
-text-to-image has twice as many, and the model's weight gets columns of zeros first.
-All is computed in fp32 from the model's own weight, without other LoRAs: the changes of several LoRAs add up.
+A LoRA of `img_in` with fewer columns than the model changes only the first columns. A control LoRA for a text-to-image
+model has twice as many columns, and the model's weight is first widened with columns of zeros.
+Every change is computed in fp32 from the model's weight without any LoRA, so the changes of several LoRAs add up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Shape = tuple[int, ...]
 
 log = logging.getLogger(__name__)
 
-# The roles of tensors that make up each kind; a factor of LoKr is one tensor or the product of two.
+# The roles of tensors that make up each kind of module; a factor of LoKr is one tensor or the product of two.
 _ROLES_OF_KIND = {
     "lora": ({"down", "up"},),
     "loha": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
@@ -54,8 +54,8 @@ _ROLES_WITH_RANK = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 class Change:
     """The change that one module of a LoRA makes to one parameter of a layer.
 
-    `parameter`: weight, scale or bias; `keys`: its tensors in the file, by role; `alpha_over_rank`: the factor of their
-    product; `num_columns`: those of the product of a LoRA's matrices.
+    `parameter`: weight, scale or bias; `keys`: the module's tensors in the file, by role; `alpha_over_rank`: the factor
+    of their product; `num_columns`: the columns of that product.
     """
 
     target: Target
@@ -67,11 +67,11 @@ class Change:
 
     @property
     def replaces(self) -> bool:
-        """True if the parameter is set, and nothing added to it."""
+        """True if the change sets the parameter instead of adding to it."""
         return "set" in self.keys
 
     def value(self, like: Tensor) -> Tensor:
-        """Return what a parameter is set to, in the dtype of `like`."""
+        """Return the value that the parameter is set to, in the dtype of `like`."""
         return self.state[self.keys["set"]].to(like)
 
     def add_to(self, total: Tensor, original: Tensor, scale: float) -> None:
@@ -84,7 +84,7 @@ class Change:
         magnitude = factors.pop("magnitude", None)
         change, factor = _delta(factors), self.alpha_over_rank
         if magnitude is not None:
-            # The magnitude counts rows in the order of the module.
+            # The magnitude has its rows in the order of the module.
             own = swap_halves(own) if self.target.swaps_halves else own
             change, factor = _dora_delta(own, factor * change, magnitude), 1.0
         part = total[rows] if self.num_columns is None else total[rows, : self.num_columns]
@@ -93,9 +93,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """The changes that a LoRA file makes to a model; `name` is the address it was requested by.
+    """The changes that a LoRA file makes to a model; `name` is the address that the user gave.
 
-    `version` tells the file from another one that is written in its place.
+    version: differs for another file that is written in its place.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Lora:
 
     @property
     def num_columns(self) -> int:
-        """The number of columns of `img_in` that it changes; a control LoRA has twice those of the noise."""
+        """The number of columns of `img_in` that it changes; in a control LoRA twice the noisy channels."""
         inputs = (change for change in self.changes if change.target.layer == "img_in")
         return max((change.num_columns or 0 for change in inputs), default=0)
 
@@ -112,8 +112,8 @@ class Lora:
 def open_lora(path: Path, name: str, parts: Mapping[str, Shapes]) -> Lora:
     """Read a LoRA for a model with parameters of these shapes, by part. Maps the file, and checks every number once.
 
-    A module whose alpha is 0 changes nothing, and so does an alpha without matrices. Raises: ValueError that names what
-    the file is instead, or the keys that match nothing, are incomplete, of another shape or not finite.
+    A module whose alpha is 0 or that has only an alpha changes nothing. Raises: ValueError for another kind of file, or
+    for keys that match nothing, are incomplete, of another shape or not finite.
     """
     checkpoint = open_checkpoint(path)
     version = tuple(map(_version_of, sorted({tensor.path for tensor in checkpoint.tensors.values()})))
@@ -166,8 +166,8 @@ def _changes_of(
 def _dora_delta(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     """Return the change of DoRA: the changed weight, normalized and times the magnitude, minus the weight.
 
-    weight, change: (o, i). magnitude: one number an output, (o,) or (o, 1), as in PEFT; or one an input, (1, i), as in
-    older LyCORIS.
+    weight, change: (o, i). magnitude: one number for each output, (o,) or (o, 1), as in PEFT; or one for each input,
+    (1, i), as in older LyCORIS.
     """
     moved = weight + change
     dim = 0 if magnitude.ndim == 2 and len(magnitude) == 1 else 1
@@ -176,7 +176,7 @@ def _dora_delta(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _delta(factors: Mapping[str, Tensor]) -> Tensor:
-    """Return the change by a module's tensors (by role), before alpha, rank and magnitude."""
+    """Return the product of a module's tensors (by role), without alpha, rank and magnitude."""
     if "diff" in factors:
         return factors["diff"]
     if "set" in factors:
@@ -199,7 +199,7 @@ def _delta(factors: Mapping[str, Tensor]) -> Tensor:
 def _check_complete(
     checkpoint: Checkpoint, module: LoraModule, keys: Mapping[str, str], *, has_bias: bool, has_diff_b: bool
 ) -> None:
-    """Raise ValueError unless the keys of a module make up one kind. Keys of biases do not count."""
+    """Raise ValueError unless the keys of a module make up one kind. Keys of biases are ignored."""
     roles = set(keys) - {"magnitude"}
     is_kind = any(roles == combination for combinations in _ROLES_OF_KIND.values() for combination in combinations)
     if has_bias and roles != {"down", "up"}:
@@ -221,7 +221,7 @@ def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> Non
     rows, *columns = shapes[name]
     expected = (target.rows[1] - target.rows[0] if target.rows else rows, *columns)
     try:
-        # On meta nothing is computed but the shape.
+        # On meta only the shape is computed.
         factors = {role: torch.empty(tensor.shape, device="meta") for role, tensor in tensors.items()}
         magnitude = factors.pop("magnitude", None)
         shape = tuple(_delta(factors).shape)
@@ -240,7 +240,7 @@ def _check_change(checkpoint: Checkpoint, change: Change, shapes: Shapes) -> Non
 
 
 def _fits_some_columns(shape: _Shape, expected: _Shape, shapes: Shapes) -> bool:
-    """Return whether a change of `img_in` fits: the noise's columns, or also a control image's."""
+    """Return whether a change of `img_in` fits: the noisy columns, or also the control image's."""
     if len(shape) != 2 or len(expected) != 2 or shape[0] != expected[0]:
         return False
     out_channels = shapes["final_layer.linear.weight"][0]
@@ -265,7 +265,7 @@ def _check_readable(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
 
 
 def _rank_in(checkpoint: Checkpoint, key: str) -> int:
-    """Return the rank: the number of rows of a tensor. Raises: ValueError if it is no matrix."""
+    """Return the rank: the number of rows of a tensor. Raises: ValueError if it is not a matrix."""
     shape = checkpoint.tensors[key].shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{checkpoint.source}: {key} is {list(shape)}, should be a matrix")

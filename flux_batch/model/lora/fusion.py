@@ -1,12 +1,12 @@
 """LoRAs in the weights of a model: fused with one rounding, unfused bit for bit.
 
 A fused weight is computed from the unfused one: dense in fp32, plus the sum of all changes, rounded once to its dtype
-(or quantized once, if it is kept in fp8). So no error adds up, and the same LoRAs give the same bits whatever was fused
-before.
+(or quantized once, if it is kept in fp8). Rounding errors do not accumulate: the same LoRAs give the same bits,
+whatever was fused before.
 
-The unfused weight is read again from the model's file, which stays mapped: the LoRAs of a 12 B model change up to
-23 GB, more than many hosts have to spare beside a GPU, and all workers of a machine share the pages of a file. Only a
-weight that differs from the file, since somebody has changed it, is kept in memory.
+The unfused weight is read again from the model's file, which stays mapped. A copy would take up to 23 GB of host memory
+for a 12 B model, more than many hosts can spare, while all workers of a machine share the pages of a file. Only a
+weight that differs from the file, because the program has changed it since loading, is kept in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flux_batch.model.optimize.dtypes import without_autocast
 from flux_batch.model.optimize.quantize import Fp8Linear, to_fp8
 from flux_batch.model.params import Shapes
 
-# The part of a model, and the name of a layer in it.
+# The part of a model and the name of a layer in it.
 _LayerKey = tuple[str, str]
 # The tensors of a layer by name.
 _LayerTensors = Mapping[str, Tensor]
@@ -41,11 +41,11 @@ class LoraFusion:
     def __init__(self) -> None:
         self.parts: dict[str, nn.Module] = {}
         self.fused: tuple[tuple[Lora, float], ...] = ()
-        # The unfused tensors of each changed layer; None if the model's file has the same.
+        # The unfused tensors of each changed layer; None if they equal those of the model's file.
         self._originals: dict[_LayerKey, _LayerTensors | None] = {}
 
     def add_part(self, part: str, module: nn.Module) -> None:
-        """Add a part (transformer, clip, t5), or replace it; the fused LoRAs are fused into it too."""
+        """Add or replace a part (transformer, clip, t5), and fuse the current LoRAs into it."""
         self._originals = {layer_key: tensors for layer_key, tensors in self._originals.items() if layer_key[0] != part}
         self.parts[part] = module
         if self.fused:
@@ -60,10 +60,10 @@ class LoraFusion:
     def fuse(self, loras: Sequence[tuple[Lora, float]]) -> None:
         """Fuse these LoRAs, each with its scale, and unfuse all others.
 
-        Their order does not matter. After an error, none is fused. Raises: ValueError for weights that overflow.
+        Their order does not matter. After an error no LoRA is fused. Raises: ValueError for weights that overflow.
         """
         wanted: dict[_LayerKey, list[tuple[Change, float]]] = defaultdict(list)
-        # Sums of floats depend on their order, images should not.
+        # Sums of floats depend on their order; sorting makes images independent of it.
         for lora, scale in sorted(loras, key=lambda each: (each[0].name, each[1])):
             for change in lora.changes if scale else ():
                 wanted[change.target.part, change.target.layer].append((change, scale))
@@ -88,7 +88,7 @@ class LoraFusion:
             self._originals[layer_key] = _tensors_to_keep(layer, state, layer_key[1])
         fused = fused_tensors(layer, changes)
         for name, tensor in fused.items():
-            # An overflow of fp8 shows in its scales.
+            # fp8 tensors need no check: their overflow shows in the fp32 scales.
             if tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
                 what = f"{layer_key[0]}'s {layer_key[1]}.{name} overflows in {str(tensor.dtype).removeprefix('torch.')}"
                 raise ValueError(f"{what} with these LoRAs and scales: use smaller scales")
@@ -103,7 +103,7 @@ class LoraFusion:
         if kept is not None:
             return kept
         layer, state = self._layer(layer_key)
-        assert state is not None  # else it would have been kept
+        assert state is not None  # without a file, the tensors would have been kept in memory
         return _reload_tensors(layer, state, layer_key[1])
 
     def _layer(self, layer_key: _LayerKey) -> tuple[nn.Module, StoredState | None]:
@@ -112,28 +112,28 @@ class LoraFusion:
 
 
 def _parameter_shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor that may be changed; fp8 weights are buffers."""
+    """Yield the name and shape of every tensor that a LoRA can change, buffers included: fp8 weights are buffers."""
     for prefix, layer in module.named_modules():
         for name, tensor in _tensors_of(layer).items():
             yield f"{prefix}.{name}" if prefix else name, tuple(tensor.shape)
 
 
 def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a layer, without those of its children."""
+    """Return the parameters and buffers of a layer itself, without its children."""
     return {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
 
 
 def _tensors_to_keep(layer: nn.Module, state: StoredState | None, name: str) -> _LayerTensors | None:
-    """Return the tensors of an unfused layer on the CPU; None if the model's file has the same."""
+    """Return the tensors of an unfused layer on the CPU; None if the model's file has equal ones."""
     own = _tensors_of(layer)
     if state is not None and _same_tensors(own, _reload_tensors(layer, state, name)):
         return None
-    # On the CPU no copy is made: `_assign_tensors` replaces tensors there.
+    # On the CPU this makes no copy, and needs none: `_assign_tensors` replaces tensors there.
     return {key: tensor.detach().cpu() for key, tensor in own.items()}
 
 
 def _reload_tensors(layer: nn.Module, state: StoredState, name: str) -> _LayerTensors:
-    """Read the tensors of the layer `name` as loading the model does."""
+    """Read the tensors of the layer `name` in the way that loading the model does."""
     own = _tensors_of(layer)
     if not isinstance(layer, SelfLoading):
         return {key: state[f"{name}.{key}"] for key in own if f"{name}.{key}" in state}
@@ -151,7 +151,7 @@ def _same_tensors(these: _LayerTensors, those: _LayerTensors) -> bool:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are the same, NaN and the sign of 0 included."""
+    """Return whether two tensors are bitwise equal: NaN equals NaN, and 0 differs from -0."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     first, second = (tensor.detach().to(a.device).reshape(-1).view(torch.uint8) for tensor in (a, b))
@@ -159,7 +159,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def fused_tensors(layer: nn.Module, changes: Sequence[tuple[Change, float]]) -> _LayerTensors:
-    """Return the tensors of a layer after applying `changes` to the unfused ones; only those that differ."""
+    """Return the changed tensors of a layer: `changes` applied to its unfused tensors."""
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(change.parameter for change, _ in changes):
         own: Tensor = getattr(layer, name)
@@ -181,7 +181,7 @@ def fused_tensors(layer: nn.Module, changes: Sequence[tuple[Change, float]]) -> 
 
 
 def _replaced(original: Tensor, changes: Sequence[Change]) -> Tensor:
-    """Return what a parameter is set to; itself if no change sets it. Raises: ValueError for two that do."""
+    """Return the value that a change sets, or the original. Raises: ValueError if two changes set it."""
     setting = [change for change in changes if change.replaces]
     if len(setting) > 1:
         raise ValueError(f"two control LoRAs both set {setting[0].target.layer}: use one at a time")
@@ -189,7 +189,7 @@ def _replaced(original: Tensor, changes: Sequence[Change]) -> Tensor:
 
 
 def _with_columns(original: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
-    """Return a matrix with as many columns as the widest change has; new ones are 0."""
+    """Return a matrix widened with zeros to the columns of the widest change."""
     width = max((change.num_columns or 0 for change, _ in changes), default=0)
     if original.ndim != 2 or width <= original.shape[1]:
         return original
@@ -199,15 +199,16 @@ def _with_columns(original: Tensor, changes: Sequence[tuple[Change, float]]) -> 
 def _assign_tensors(layer: nn.Module, tensors: _LayerTensors) -> None:
     """Assign tensors to a layer.
 
-    On a device they are copied into the old ones, since compiled code and CUDA graphs keep addresses. On the CPU the
-    old ones may be pages of the model's file, or the unfused ones: they are replaced, as is a matrix that is widened.
+    On a GPU they are copied into the old ones, since compiled code and CUDA graphs keep addresses. On the CPU the old
+    tensors may share memory with the model's file or with the kept unfused tensors, so they are replaced. A widened
+    matrix is replaced everywhere.
     """
     for name, tensor in tensors.items():
         own: Tensor = getattr(layer, name)
         if own.device.type != "cpu" and own.dtype == tensor.dtype and own.shape == tensor.shape:
             own.copy_(tensor)
         elif isinstance(own, nn.Parameter):
-            # In the dtype of the model now, which may have changed since it was read.
+            # Convert to the model's current dtype, which may have changed since the weights were read.
             own.data = tensor.to(own)
         else:
             setattr(layer, name, tensor.to(own.device))
@@ -215,10 +216,10 @@ def _assign_tensors(layer: nn.Module, tensors: _LayerTensors) -> None:
 
 @contextmanager
 def _exact_matmul() -> Iterator[None]:
-    """Run the block with fp32 matmuls in full fp32, whatever precision the program allows elsewhere.
+    """Run the block with fp32 matmuls in full precision, whatever the program has set.
 
-    Sets the backends' own attributes: torch's older switch fails in a program that uses the newer one. They are those
-    of all threads, which take turns: one would put back what another has set.
+    Sets the attributes of the backends, since torch's older switch fails in a program that uses these newer ones. All
+    threads share the attributes, so a lock keeps one thread from restoring the values that another has set.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     with _turns:

@@ -1,10 +1,10 @@
-"""The way from a LoRA's keys to rows of weights, whatever its trainer; knows no tensor.
+"""The mapping from the keys of a LoRA file to rows of the model's weights.
 
-A LoRA's module is a group of keys with one stem (`...img_attn.qkv`) and endings that tell their roles
-(`.lora_A.weight`). The vocabularies of stems are the original one (kohya's sd-scripts with underscores, ComfyUI with
-dots), that of diffusers (PEFT, ai-toolkit; OneTrainer and LyCORIS with underscores), of XLabs-AI/x-flux 1da87eb
-(src/flux/modules/layers.py), of modelscope/DiffSynth-Studio 0426080 (diffsynth/models/flux_dit.py), and of OMI: the
-original one with numbered pieces (Nerogar/OneTrainer a44be32, modules/util/convert/lora/convert_flux_lora.py).
+A module of a LoRA is a group of keys with one stem (`...img_attn.qkv`) and a suffix for each role (`.lora_A.weight`).
+Stems follow the original names (kohya's sd-scripts with underscores, ComfyUI with dots), diffusers' (PEFT, ai-toolkit;
+OneTrainer and LyCORIS with underscores), those of XLabs-AI/x-flux 1da87eb (src/flux/modules/layers.py), those of
+modelscope/DiffSynth-Studio 0426080 (diffsynth/models/flux_dit.py), or OMI's: the original names with numbered pieces
+(Nerogar/OneTrainer a44be32, modules/util/convert/lora/convert_flux_lora.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flux_batch.model.checkpoint.detect import PART_PREFIXES, UNUSED_KEYS
 from flux_batch.model.checkpoint.diffusers_keys import transformer_rules
 from flux_batch.model.params import Shapes
 
-# Prefixes of stems, and the part each stands for.
+# Prefix of a stem -> part of the model.
 _DOTTED_PREFIXES = {
     **PART_PREFIXES,
     "pipe.dit.": "transformer",
@@ -27,7 +27,7 @@ _DOTTED_PREFIXES = {
     "text_encoder.text_model.": "clip",
     "text_encoder.": "clip",
     "text_encoder_2.": "t5",
-    # OneTrainer, in the names of OMI.
+    # OneTrainer with OMI's names.
     "clip_l.text_model.": "clip",
     "clip_l.": "clip",
     "t5.": "t5",
@@ -36,12 +36,12 @@ _UNDERSCORED_PREFIXES = {
     "lora_unet_": ("transformer",),
     "lora_transformer_": ("transformer",),
     "lycoris_": ("transformer",),
-    # Numbered as the trainer likes: CLIP is te or te1, T5 is te2 (OneTrainer) or te3 (kohya).
+    # Trainers number the text encoders differently: CLIP is te or te1, T5 is te2 (OneTrainer) or te3 (kohya).
     **{f"lora_te{number}_{model}": ("clip", "t5") for number in ("", 1, 2, 3) for model in ("text_model_", "")},
 }
 PEFT_WRAPPER = "base_model.model."
 
-# Adapters of PEFT have a name, which keys of older files hold: lora_A.default.weight.
+# PEFT's adapters have a name, which is part of the keys in older files: lora_A.default.weight.
 _ADAPTER_NAME = r"(?:\.default|\.[\w-]+(?=\.(?:weight|bias)$))?"
 _ROLE_PATTERNS = {
     "down": rf"\.lora_(?:down|A){_ADAPTER_NAME}(?:\.weight)?$|\.(?:lora\.|lora_linear_layer\.)?down\.weight$",
@@ -53,7 +53,7 @@ _ROLE_PATTERNS = {
     **{name: rf"\.{name}$" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     "diff": r"\.(?:diff|w_norm)$",
     "diff_b": r"\.(?:diff_b|b_norm)$",
-    # Norm scales of control LoRAs, BFL's and those trained by diffusers, which take the place of the model's.
+    # Norm scales of control LoRAs by BFL or trained with diffusers; they replace the model's.
     "set": r"(?<=_norm)\.scale$|(?<=\.norm_[qk])\.weight$|(?<=\.norm_added_[qk])\.weight$",
 }
 # Patterns of keys that only one unsupported kind of file has.
@@ -63,9 +63,9 @@ _UNSUPPORTED = (
     (r"\.(lora_mid|hada_t[12]|lokr_t[12])\b", "it is made for convolutions, and FLUX.1 has none"),
     (r"^bundle_emb\.|^emb_params$|^string_to_param\b", "it holds embeddings of new words (textual inversion)"),
 )
-# Keys of a control LoRA that another program has converted; every full model has the norms as well.
+# Keys of control LoRAs that another program has converted; every full model has keys of these norms as well.
 _CONVERTED_CONTROL_KEYS = r"(query_norm|key_norm)\.weight$|\.reshape_weight$"
-# Layers of models that are built like FLUX.1: FLUX.2, Chroma.
+# Layers of FLUX.2 and Chroma, whose other layers have the names of FLUX.1's.
 _OTHER_MODEL_KEYS = r"double_stream_modulation|single_stream_modulation|distilled_guidance_layer|to_qkv_mlp_proj"
 
 _XLABS_NAMES = {
@@ -104,9 +104,9 @@ _DIFFSYNTH_NAMES = {
 class Target:
     """The rows of a layer that a module of a LoRA changes.
 
-    `layer`: its name in the part (transformer, clip, t5); `rows`: from and to, None for all; `swaps_halves`: rows of
-    the module are (scale, shift) where ours are (shift, scale); `pieces`: the number of rows of each layer of
-    diffusers, where it has several for this one.
+    `layer`: its name in the part (transformer, clip, t5); `rows`: start and end, None for all; `swaps_halves`: True if
+    the module has rows (scale, shift) where ours are (shift, scale); `pieces`: if diffusers has several layers for this
+    one, the number of rows of each.
     """
 
     part: str
@@ -129,14 +129,14 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
     """Return the modules of a LoRA, sorted, each with its target in a model.
 
     names: the keys of the LoRA; parts: the shapes of the model.
-    Raises: ValueError that names what the file is instead, or the keys that match nothing.
+    Raises: ValueError for another kind of file, or with the keys that match nothing.
     """
     names = sorted(names)
     _refuse_unsupported(source, names)
     known = _KnownLayers(parts)
     modules: dict[str, LoraModule] = {}
     unmatched: list[str] = []
-    # One layer under two names would be changed twice.
+    # A layer that the file has under two names would be changed twice.
     taken: dict[tuple[object, ...], str] = {}
     twice: list[tuple[str, str]] = []
     for name in names:
@@ -151,7 +151,7 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
             twice.append((other, name))
         modules.setdefault(stem, LoraModule(stem, target)).keys[role] = name
     if unmatched:
-        # Other models have CLIP too, and blocks with the same names.
+        # Modules that match CLIP do not make it a LoRA for FLUX.1: other models have CLIP, too.
         is_of_flux = any(module.target.part == "transformer" for module in modules.values())
         is_of_another = not is_of_flux or any(re.search(_OTHER_MODEL_KEYS, name) for name in unmatched)
         hint = "; is it for another model?" if is_of_another else ""
@@ -163,7 +163,7 @@ def find_modules(source: str, names: Iterable[str], parts: Mapping[str, Shapes])
 
 
 def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a file that is no LoRA, or of an unsupported kind."""
+    """Raise ValueError for a file that is not a LoRA or not supported."""
     for pattern, what in _UNSUPPORTED:
         if key := next((name for name in names if re.search(pattern, name)), None):
             raise ValueError(f"{source} is a LoRA that is not supported: {what} (its keys: {key})")
@@ -177,7 +177,7 @@ def _refuse_unsupported(source: str, names: Sequence[str]) -> None:
 
 
 def _split_role(name: str) -> tuple[str, str]:
-    """Return the stem and the role of a key; the role is "" for a key that no LoRA has."""
+    """Return the stem and the role of a key; the role is "" for an unknown key."""
     for role, ending in _ROLE_PATTERNS.items():
         if found := re.search(ending, name):
             return name[: found.start()], role
@@ -185,7 +185,7 @@ def _split_role(name: str) -> tuple[str, str]:
 
 
 class _KnownLayers:
-    """The layers of a model's parts, by every name that LoRAs have for them."""
+    """The layers of a model's parts, by all their names in LoRA files."""
 
     def __init__(self, parts: Mapping[str, Shapes]) -> None:
         self._dotted = {part: dict(_layer_names(part, shapes)) for part, shapes in parts.items()}
@@ -195,7 +195,7 @@ class _KnownLayers:
         }
 
     def find(self, stem: str) -> Target | None:
-        """Return the target of the module with that stem; None if no layer has the name."""
+        """Return the target of the module with this stem; None if no layer has that name."""
         spellings = (stem, stem.removesuffix(".weight"), stem.removesuffix(".scale"))
         found = (
             self._tables(part)[table].get(name) for each in spellings for part, table, name in _candidate_keys(each)
@@ -203,7 +203,7 @@ class _KnownLayers:
         return next((target for target in found if target), None)
 
     def is_not_needed(self, stem: str) -> bool:
-        """Return whether a module is for a layer that FLUX.1 does not compute."""
+        """Return whether a module is for a layer that FLUX.1 does not use."""
         return any(name in UNUSED_KEYS.get(part, ()) for part, _, name in _candidate_keys(stem))
 
     def _tables(self, part: str) -> tuple[Mapping[str, Target], Mapping[str, Target]]:
@@ -224,7 +224,7 @@ def _candidate_keys(stem: str) -> Iterator[tuple[str, int, str]]:
 
 
 def _layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
-    """Yield every name of every layer with a weight, without prefix, and its target."""
+    """Yield each name, without prefix, of each layer with a weight, and its target."""
     layers = [name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".scale"))]
     for layer in layers:
         yield layer, Target(part, layer)
@@ -252,7 +252,7 @@ def _layer_names(part: str, shapes: Shapes) -> Iterator[tuple[str, Target]]:
 
 
 def _renamed(layer: str, names: Mapping[str, str]) -> str:
-    """Return a layer's name with each of our words replaced by theirs."""
+    """Return a layer's name with our words replaced, by `names` (our word -> theirs)."""
     for ours, theirs in names.items():
         layer = layer.replace(ours, theirs)
     return layer

@@ -1,7 +1,7 @@
-"""alpha / rank of the modules of a LoRA, from the file and its settings; knows no tensor.
+"""The factor alpha / rank of the modules of a LoRA.
 
-A tensor `alpha` of the module comes first, then PEFT's configuration, which diffusers writes into the metadata of the
-file and PEFT into a file beside it. Without either, alpha is the rank.
+The module's tensor `alpha` takes precedence over PEFT's configuration, which diffusers writes into the metadata of the
+file and PEFT into a file beside it. Without either, alpha equals the rank.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from flux_batch.model.lora.keys import PEFT_WRAPPER
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 # Source: peft 0.21, utils/constants.py.
 PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Inits that change the model before training: the file is a difference to the changed one.
+# Inits that change the model before training: the file is a difference to the changed model.
 # Source: peft 0.21, tuners/lora/config.py, `init_lora_weights`; as it says, such a file can be converted.
 _INITS_THAT_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# A pattern of PEFT is a regular expression, and files are not trusted: nested repeats can take years to fail.
+# PEFT's patterns are regular expressions from an untrusted file: nested repeats can take years to match.
 _REPEATED_GROUP, _MAX_REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:]"), 3
 
 
@@ -34,14 +34,14 @@ class Scales:
         self._settings = _read_settings(checkpoint)
         for settings in self._settings.values():
             _check_init(checkpoint.source, settings.get("init_lora_weights"))
-        # Trained with split_qkv, sd-scripts writes the pieces of a layer as one block-diagonal module, with their ranks
-        # added up and the alpha of one: alpha / rank is then too small by the number of pieces (kohya-ss/sd-scripts
-        # #2204; 450630c, networks/lora_flux.py, state_dict).
+        # After training with split_qkv, sd-scripts writes the pieces of a layer as one block-diagonal module. Its rank
+        # is the sum of their ranks, but its alpha is that of one piece, so alpha / rank must be multiplied by the
+        # number of pieces (kohya-ss/sd-scripts #2204; 450630c, networks/lora_flux.py, state_dict).
         arguments = _read_metadata(checkpoint, "ss_network_args")
         self.is_of_split_layers = str(arguments.get("split_qkv")).lower() == "true"
 
     def alpha_over_rank(self, stem: str, rank: int, alpha: float | None) -> float:
-        """Return the factor of a module's product; `alpha`: the value of its own tensor."""
+        """Return the factor of a module's product; `alpha`: the value of its tensor, None without one."""
         settings, name = self._settings_of(stem)
         if alpha is None:
             alpha = self._stated(settings, name, "alpha", ("lora_alpha", "alpha"))
@@ -62,13 +62,13 @@ class Scales:
         return self.alpha_over_rank(stem, int(rank), None)
 
     def _settings_of(self, stem: str) -> tuple[Mapping[str, Any], str]:
-        """Return the settings for a module, and its name in them."""
+        """Return the settings for a module, and the module's name in these settings."""
         name = stem.removeprefix(PEFT_WRAPPER)
         part, _, rest = name.partition(".")
         return (self._settings[part], rest) if part in self._settings else (self._settings.get("", {}), name)
 
     def _stated(self, settings: Mapping[str, Any], name: str, what: str, keys: tuple[str, ...]) -> float | None:
-        """Return the alpha or rank of a module in PEFT's settings: by its name, else the one for all."""
+        """Return the alpha or rank of a module in PEFT's settings: by its name, else the default."""
         patterns = settings.get(f"{what}_pattern") or {}
         if not isinstance(patterns, Mapping):
             raise ValueError(f"{self._source}: {what}_pattern in its settings is not a mapping")
@@ -89,7 +89,7 @@ class Scales:
 
 
 def _read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Read PEFT's settings, by the first word of the stems they are for; "" is for all."""
+    """Read PEFT's settings, by the first word of the stems that they apply to; "" applies to all."""
     beside = checkpoint.folder / _PEFT_CONFIG
     is_of_peft = any(tensor.path.name == PEFT_WEIGHTS for tensor in checkpoint.tensors.values())
     if is_of_peft and beside.is_file():
@@ -102,14 +102,14 @@ def _read_settings(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def _check_init(source: str, start: object) -> None:
-    """Raise ValueError for an init that makes the LoRA a difference to another model."""
+    """Raise ValueError for an init that changes the model before training."""
     if isinstance(start, str) and start.lower().startswith(_INITS_THAT_CHANGE_THE_MODEL):
         what = f"its training began with {start}, which changes the model, too; have PEFT convert it when it is saved"
         raise ValueError(f"{source} is a LoRA that is not supported: {what} (path_initial_model_for_weight_conversion)")
 
 
 def _read_metadata(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
-    """Read a JSON object from the header; {} if there is none, or Python's word for it."""
+    """Read a JSON object from the header; {} if it is absent, empty or "None"."""
     text = next((header[key] for header in checkpoint.headers if header.get(key) not in (None, "", "None")), "{}")
     try:
         value = json.loads(text)

@@ -1,1 +1,1 @@
-"""Changes made to a model from outside, so that it is faster or smaller."""
+"""Changes applied to a model from outside that make it faster or smaller."""

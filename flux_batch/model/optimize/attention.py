@@ -1,14 +1,14 @@
 """The attention kernels of the denoising loop, chosen by device and tried before use.
 
-On Hopper attention is asked of FlashAttention 3 where its package is installed, else of cuDNN, in the denoising loop;
-text encoders and the autoencoder keep torch's own order, which begins with cuDNN where torch trusts it.
-FlashAttention 3 takes the place of torch's flash attention in the whole process, which is how torch switches it on. The
-order of kernels is a setting of the process too, which no lock guards: where calls overlap in threads, the end of one
-can give the other torch's order, and with it other last bits. FLUX.1 at 1024 x 1024 and 28 steps on an H200, published:
-4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull request 19673). At FLUX's lengths
-cuDNN is as fast on an H100: 631 and 632 TFLOP/s (pytorch/pytorch, issue 142132). Other GPUs keep torch's own order: on
-Ampere flash attention is faster than cuDNN (huggingface/transformers, pull request 48163), and on datacenter Blackwell
-torch prefers cuDNN by itself. Nothing of it was measured with this code yet.
+On Hopper, the denoising loop uses FlashAttention 3 if its package is installed, else cuDNN. Text encoders and the
+autoencoder keep torch's own order, which begins with cuDNN if torch trusts its version.
+FlashAttention 3 replaces torch's flash attention in the whole process, since torch offers no other switch. The order of
+kernels is also a setting of the process and not guarded by a lock: if calls overlap in threads, the end of one can
+switch the other to torch's order, which changes the last bits of its images. Published for FLUX.1 at 1024 x 1024 and 28
+steps on an H200: 4.32 s with SDPA's default, 3.73 s with FlashAttention 3 (sgl-project/sglang, pull request 19673). At
+FLUX's lengths cuDNN is as fast on an H100: 631 and 632 TFLOP/s (pytorch/pytorch, issue 142132). Other GPUs keep torch's
+order: on Ampere flash attention is faster than cuDNN (huggingface/transformers, pull request 48163), and on datacenter
+Blackwell torch itself prefers cuDNN. None of this was measured with this code yet.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch.nn.attention import (
 
 from flux_batch.model.optimize.device_failure import raise_device_failure
 
-# The only major compute capability of FlashAttention 3 (torch 2.13, torch/nn/attention/_fa3.py).
+# The only major compute capability that FlashAttention 3 supports (torch 2.13, torch/nn/attention/_fa3.py).
 _HOPPER = 9
 _FLASH_3 = "FA3"
 _FLASH_3_PACKAGE = "flash_attn_interface"
-# Up to this version, at lengths that are no multiples of 128, cuDNN's attention can read memory that is not its own:
-# torch 2.13 prefers later ones only (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; its issue 169849).
+# Up to this version, cuDNN's attention can read out of bounds at lengths that are not multiples of 128, so torch 2.13
+# prefers only later ones (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; pytorch issue 169849).
 _LAST_UNSAFE_CUDNN = 91500
-# Kernels add in different orders: bfloat16 numbers below 1 then differ by few of their last bits.
+# Kernels add in different orders, so bfloat16 numbers below 1 differ in a few of their last bits.
 _MOST_DIFFERENCE = 2**-6
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AttentionKernels:
-    """The kernels that attention tries in this order; without any, torch's own order."""
+    """The kernels that attention tries, in this order; an empty order is torch's own."""
 
     name: str = "torch"
     order: tuple[SDPBackend, ...] = ()
@@ -60,7 +60,7 @@ TORCH_ATTENTION = AttentionKernels()
 
 def choose_attention(device: torch.device) -> AttentionKernels:
     """Return the fastest attention kernels that work on this device."""
-    # AMD's GPUs are called cuda too, and those of the MI200 and MI300 say 9.
+    # AMD's GPUs also have the device type cuda, and the MI200 and MI300 report the major capability 9.
     if device.type != "cuda" or torch.version.hip is not None:
         return TORCH_ATTENTION
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
@@ -75,17 +75,17 @@ def choose_attention(device: torch.device) -> AttentionKernels:
 
 
 def attention_works(backend: SDPBackend, device: torch.device) -> bool:
-    """Return whether a kernel gives the right numbers for a small attention; log why not.
+    """Return whether a kernel computes a small attention correctly; log the reason if it does not.
 
     Raises: the error of a device that has failed.
     """
     generator = torch.Generator().manual_seed(0)
-    # FLUX's head size and layout, and a length that is no multiple of any tile's.
+    # FLUX's head size and layout, and a length that is not a multiple of any kernel's tile.
     numbers = torch.randn(3, 1, 200, 2, 128, generator=generator, device="cpu")
     q, k, v = numbers.to(device, torch.bfloat16).transpose(2, 3)
     reason = ""
     try:
-        for queries in (q, q[:, :, -72:]):  # the last block asks for the image alone
+        for queries in (q, q[:, :, -72:]):  # the last block has queries of the image only
             with sdpa_kernel(backend):
                 found = F.scaled_dot_product_attention(queries, k, v)
             with sdpa_kernel(SDPBackend.MATH):
@@ -102,7 +102,7 @@ def attention_works(backend: SDPBackend, device: torch.device) -> bool:
 
 
 def _activate_flash_3(device: torch.device) -> bool:
-    """Make FlashAttention 3 torch's flash attention in this process. Returns: whether it is there and works."""
+    """Replace torch's flash attention in this process by FlashAttention 3. Returns: True if it exists and works."""
     if current_flash_attention_impl() == _FLASH_3:
         return True
     if importlib.util.find_spec(_FLASH_3_PACKAGE) is None:

@@ -1,9 +1,9 @@
-"""CUDA graphs: a step of the transformer is launched in one piece, not kernel by kernel; knows no schedule.
+"""CUDA graphs: a step of the transformer is launched in one piece instead of kernel by kernel.
 
-The first step of a size is recorded: which kernels it launches, and on which memory. Later steps of that size copy
-what has changed there, launch the record, and copy the result out. The kernels are the same as without a graph, and so
-are the images; the graph saves the host's time, which counts where kernels are short: small images, small models. The
-memory of a step stays in use, for the largest size that was recorded, until `clear`.
+The first step of each size is captured: the kernels that it launches and their memory. Later steps of that size copy
+the inputs that have changed into that memory, replay the graph, and copy the result out. The kernels and the images are
+the same as without a graph. Replaying saves time of the host, which matters if kernels are short: for small images and
+small models. The memory of a step stays allocated, for the largest captured size, until `clear`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from flux_batch.model.sampling import Velocity
 from flux_batch.model.transformer import Denoiser, Flux, Modulations
 
-# Recorded sizes that are kept; each takes some MB beside the memory that all share.
+# The number of sizes whose graphs are kept; each takes some MB beside the memory that all share.
 _MAX_GRAPHS = 8
 
-# Launches a record.
+# Replays a captured step.
 Replay = Callable[[], None]
-# Runs a step and records it. Returns: a function that launches it again, and the tensor that then has the result.
+# Runs and captures a step. Returns: the function that replays it, and the tensor that then holds the result.
 _Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 
 
@@ -38,13 +38,13 @@ class _Inputs(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, ...]:
-        """The shapes that a record is made for."""
+        """The shapes of all inputs; each combination needs its own graph."""
         return self.img.shape, self.txt.shape, self.pe.shape
 
     def of_a_step(self) -> list[Tensor]:
         """Return the tensors that change with each step, always in the same order.
 
-        They have one dtype, so that a device copies all of them at once.
+        All have one dtype, so that a device copies them at once.
         """
         return [self.img, *self.modulations.tensors()]
 
@@ -63,11 +63,11 @@ def _dense_copy(tensor: Tensor) -> Tensor:
 
 
 class _StepGraph:
-    """`Flux.velocity`, recorded for inputs of one size."""
+    """`Flux.velocity`, captured for inputs of one size."""
 
     def __init__(self, model: Flux, inputs: _Inputs, record: _Record) -> None:
         self._inputs = inputs.copies()
-        self._loop = inputs.of_a_loop()  # those that were copied last
+        self._loop = inputs.of_a_loop()  # the tensors that were copied last
         self._replay, self._result = record(lambda: model.velocity(*self._inputs))
 
     def __call__(self, inputs: _Inputs) -> Tensor:
@@ -83,9 +83,9 @@ class _StepGraph:
 
 
 class CudaGraphs:
-    """The recorded steps of a transformer on a CUDA device: call it with a `Denoiser` for each denoising loop.
+    """The captured steps of a transformer on a CUDA device: call it with a `Denoiser` for each denoising loop.
 
-    record: records a step, by default as a CUDA graph. max_graphs: sizes that are kept, those used last.
+    record: captures a step, by default as a CUDA graph. max_graphs: the number of most recently used sizes to keep.
     Raises: ValueError for a model that is not on a CUDA device, unless `record` is given.
     """
 
@@ -100,9 +100,9 @@ class CudaGraphs:
         self._addresses: list[int] = []
 
     def __call__(self, denoiser: Denoiser) -> Velocity:
-        """Return a function with the velocities of `denoiser`. Loops may take turns; threads may not."""
+        """Return a function with the velocities of `denoiser`. Loops may be interleaved, but in one thread only."""
         addresses = [tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers())]
-        if addresses != self._addresses:  # records hold the old addresses, and would read whatever is there now
+        if addresses != self._addresses:  # graphs would read the old addresses
             self.clear()
             self._addresses = addresses
 
@@ -130,18 +130,18 @@ class CudaGraphs:
 
 
 class _CudaRecorder:
-    """Records steps on a CUDA device; all records share their memory, since no two run at the same time."""
+    """Captures steps on a CUDA device; all graphs share their memory, since no two run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # torch's own stream for records is of the device that recorded first: of another one it would record nothing.
+        # torch's default capture stream belongs to the device that captured first: it would capture nothing of another.
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Record a step, after one run in which libraries choose their kernels and torch.compile compiles.
+        """Capture a step, after one run in which libraries choose their kernels and torch.compile compiles.
 
-        That run is on the stream of the records, for which libraries keep memory of their own.
+        That run uses the capture stream, since libraries allocate memory for each stream.
         """
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
@@ -150,7 +150,7 @@ class _CudaRecorder:
                 step()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Another thread may ask the device for something meanwhile, e.g. how much memory is free.
+            # "thread_local" lets other threads query the device meanwhile, e.g. for its free memory.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = step()
         return graph.replay, result

@@ -10,8 +10,8 @@ import torch
 
 from flux_batch.model.optimize.kernels import cpu_info
 
-# Compute capabilities: Ampere multiplies in bfloat16, Volta in float16. CUDA C++ Programming Guide, arithmetic
-# instructions.
+# Compute capabilities: bfloat16 from Ampere on, float16 from Volta on (CUDA C++ Programming Guide, arithmetic
+# instructions).
 _BFLOAT16_CAPABILITY = (8, 0)
 _FLOAT16_CAPABILITY = (7, 0)
 
@@ -37,8 +37,8 @@ def _cpu_multiplies_bfloat16() -> bool:
     """Return whether torch's products on this CPU use instructions for bfloat16.
 
     Without them oneDNN converts: on an EPYC with AVX2 a product took 6 times as long as in float32, a convolution 58
-    times. torch's own check passes from AVX512BW on, which only emulates. ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA,
-    which switch instructions off, count.
+    times. torch's own check already passes on AVX512BW, where bfloat16 is emulated. ATEN_CPU_CAPABILITY and
+    ONEDNN_MAX_CPU_ISA, which can switch instructions off, are respected.
     """
     if platform.machine().lower() in ("aarch64", "arm64"):
         return has_cpu_feature("bf16") and onednn_takes_bfloat16()
@@ -48,7 +48,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def onednn_takes_bfloat16() -> bool:
-    """Return whether oneDNN multiplies in bfloat16 here; on ARM by the Compute Library."""
+    """Return whether oneDNN multiplies in bfloat16 here (on ARM through the Compute Library)."""
     is_arm = platform.machine().lower() in ("aarch64", "arm64")
     mkldnn = torch.ops.mkldnn
     return bool(mkldnn._is_mkldnn_acl_supported() if is_arm else mkldnn._is_mkldnn_bf16_supported())
@@ -62,7 +62,7 @@ def has_cpu_feature(name: str) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as settings spell it."""
+    """Return the name of a dtype as in the settings, e.g. "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""The memory of this machine: that of the system, or of the cgroup if less."""
+"""The memory of this machine: the system's, or the cgroup's limit if that is lower."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def total_memory() -> int | None:
-    """Return the bytes of memory that this process could have; None if not known."""
+    """Return the total bytes of memory that this process can use; None if unknown."""
     total, limit = _of_system("MemTotal"), _of_cgroup("memory.max")
     return total if total is None or limit is None else min(total, limit)
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that this process may still take; None if not known."""
+    """Return the bytes of memory that are still free for this process; None if unknown."""
     free, limit, used = _of_system("MemAvailable"), _of_cgroup("memory.max"), _of_cgroup("memory.current")
     return free if free is None or limit is None or used is None else min(free, max(0, limit - used))
 
@@ -29,7 +29,7 @@ def _of_system(name: str) -> int | None:
 
 
 def _of_cgroup(name: str) -> int | None:
-    """Return a number of the cgroup; None without one, or without a limit, which is "max"."""
+    """Return a number of the cgroup; None without a cgroup, or for "max", which means no limit."""
     with suppress(OSError, ValueError):
         return int((CGROUP / name).read_text())
     return None

@@ -1,4 +1,4 @@
-"""The last results of a computation, kept up to a number of bytes; knows neither the computation nor a tensor."""
+"""A cache of the most recently used results of a computation, limited in bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _Value = TypeVar("_Value")
 
 
 class Memo(Generic[_Value]):
-    """Results by key, those used last, of at most `max_bytes` together.
+    """The most recently used results by key, at most `max_bytes` together.
 
-    Threads may share one: two that ask for the same at once may both compute it, and one result stays.
+    Threads may share a Memo: two threads that need the same key at once may both compute it, and one result is kept.
 
-    num_bytes: returns the size of a result; a result is never None.
+    num_bytes: a function that returns the size of a result; a result must not be None.
     """
 
     def __init__(self, max_bytes: int, num_bytes: Callable[[_Value], int]) -> None:
@@ -26,7 +26,7 @@ class Memo(Generic[_Value]):
         self._known: OrderedDict[Hashable, _Value] = OrderedDict()
 
     def find(self, key: Hashable) -> _Value | None:
-        """Return the result of a key if it is kept, else None."""
+        """Return the result of a key if it is cached, else None."""
         with self._lock:
             if key not in self._known:
                 return None
@@ -34,7 +34,7 @@ class Memo(Generic[_Value]):
             return self._known[key]
 
     def get(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
-        """Return the result of a key: the one that is kept, else that of `compute`."""
+        """Return the result of a key: the cached one, else the result of `compute`, which is then cached."""
         kept = self.find(key)
         if kept is not None:
             return kept

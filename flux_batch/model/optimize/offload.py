@@ -1,4 +1,4 @@
-"""Offloading: modules whose weights wait in host memory, and are on the device while they are used."""
+"""Offloading: modules whose weights stay in host memory and are on the device only while they are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HostTensor = tuple[nn.Module, str, Tensor]
 
 
 class _OffloadedModules:
-    """Modules whose weights wait in host memory; see `apply_offload`."""
+    """Modules whose weights stay in host memory; see `apply_offload`."""
 
     def __init__(self, host_tensors: list[_HostTensor], device: torch.device) -> None:
         self._host_tensors = host_tensors
@@ -23,15 +23,15 @@ class _OffloadedModules:
 
     @contextmanager
     def on_device(self, *, may_change: bool = False) -> Iterator[None]:
-        """Bring the weights to the device inside. may_change: copy them back at the end, changed as they may be.
+        """Run the block with the weights on the device. may_change: copy them back to host memory afterwards.
 
-        Threads take turns, else one would take them away from another.
+        Threads take turns, since one would otherwise remove the weights that another is using.
         """
         if not self._host_tensors:
             yield
             return
         with self._turns:
-            # Weights must not become inference tensors, whoever calls.
+            # Weights must not become inference tensors, even if the caller is in inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 try:
                     for layer, name, tensor in self._host_tensors:
@@ -53,15 +53,15 @@ class _OffloadedModules:
         for layer, name, tensor in self._host_tensors:
             _put(layer, name, tensor)
         if self._host_tensors and self._device.type == "cuda":
-            # torch would keep the memory in pieces of these sizes, of which no larger tensor can be made.
+            # torch would keep the memory in blocks of these sizes, which larger tensors cannot use.
             torch.cuda.empty_cache()
 
 
 def apply_offload(modules: Sequence[nn.Module], device: torch.device) -> _OffloadedModules:
-    """Move the weights of modules from `device` to host memory. Returns: what brings them back for a while.
+    """Move the weights of modules from `device` to host memory. Returns: the object that brings them back on demand.
 
-    On CUDA the memory is pinned, so that bringing them back costs what the bus takes; torch rounds each tensor up to a
-    power of two, which makes 13 GB of T5's 9.5 in bfloat16 (counted, not run on a GPU yet). On the CPU nothing moves.
+    On CUDA the host memory is pinned, so that copies run at the speed of the bus. torch rounds each pinned tensor up to
+    a power of two, so T5's 9.5 GB in bfloat16 take 13 GB (counted, not run on a GPU yet). On the CPU nothing moves.
     """
     with torch.inference_mode(False), torch.no_grad():
         host_tensors = [(layer, name, _in_host_memory(tensor)) for layer, name, tensor in _tensors_of(modules)]
@@ -71,7 +71,7 @@ def apply_offload(modules: Sequence[nn.Module], device: torch.device) -> _Offloa
 
 
 def _tensors_of(modules: Sequence[nn.Module]) -> Iterator[_HostTensor]:
-    """Yield the parameters and buffers of modules, each of a layer once."""
+    """Yield the parameters and buffers of all layers of the modules."""
     for module in modules:
         for layer in module.modules():
             for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
@@ -79,7 +79,7 @@ def _tensors_of(modules: Sequence[nn.Module]) -> Iterator[_HostTensor]:
 
 
 def _in_host_memory(tensor: Tensor) -> Tensor:
-    """Return a copy in host memory, pinned if it comes from CUDA; a tensor that is there already as it is."""
+    """Return a copy in host memory, pinned if it comes from CUDA; return a CPU tensor itself."""
     return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.cpu()
 
 

@@ -1,7 +1,8 @@
-"""Narrow weights, in fp8 or bfloat16: layers that keep their weights so, and the choice of a model's layers.
+"""Narrow weights: layers that keep weights in fp8 or bfloat16, and the choice of a model's layers.
 
-The model is built plain and changed from here, on meta before it is filled or with its weights in place. Numbers in
-fp8 are e4m3 (4 bits of exponent, 3 of mantissa, up to 448) with a scale for each row, which thus uses the whole range.
+The model is built plain; its layers are replaced here, either on meta before loading or with their weights. Numbers in
+fp8 are e4m3 (4 bits of exponent, 3 of mantissa, up to 448) with a scale for each row, so that each row uses the whole
+range.
 Letters: o outputs, i inputs, r rows (tokens).
 """
 
@@ -20,11 +21,11 @@ from flux_batch.model.optimize.device_failure import raise_device_failure
 
 E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
-# The least compute capability for products in fp8, and the number that sizes must be multiples of.
+# The lowest compute capability with products in fp8, and the number that sizes must be multiples of.
 # https://docs.nvidia.com/cuda/cublas/#bit-floating-point-data-types-fp8-usage
 _FP8_CAPABILITY = (8, 9)
 _FP8_MULTIPLE = 16
-# The layer of a `Modulation`, which multiplies one row an image, where other layers multiply thousands.
+# The layer of a `Modulation`, which multiplies one row for each image, while other layers multiply thousands.
 _MODULATION = ".lin"
 
 
@@ -32,7 +33,7 @@ class Fp8Linear(nn.Module):
     """A linear layer with its weight in fp8, multiplied in the dtype of its input; for inference.
 
     Buffers: weight (o, i) float8_e4m3fn, or float8_e5m2 if the checkpoint holds that; weight_scale (o, 1) fp32;
-    bias (o,) or None. `dense(dtype)` is as exact as a weight of the checkpoint that was read into that dtype.
+    bias (o,) or None. `dense(dtype)` is rounded once, like a weight that is read from the checkpoint into that dtype.
     """
 
     weight: Tensor
@@ -77,8 +78,8 @@ class Fp8Linear(nn.Module):
 class _NarrowLinear(nn.Module):
     """A linear layer with a bfloat16 weight, multiplied in its input's float32; for inference.
 
-    Buffers: weight (o, i) bfloat16; bias (o,) float32 or None. A CPU without instructions for bfloat16 widens a matrix
-    in a fraction of the time that it takes to multiply with it.
+    Buffers: weight (o, i) bfloat16; bias (o,) float32 or None. On a CPU without instructions for bfloat16, widening the
+    matrix takes a fraction of the time of the product.
     """
 
     weight: Tensor
@@ -92,7 +93,7 @@ class _NarrowLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def load_from(self, state: StoredState, name: str) -> None:
-        """Read the weights of the layer `name` of a checkpoint; bfloat16 weights stay the file's own pages."""
+        """Read the weights of the layer `name` of a checkpoint; bfloat16 weights stay mapped from the file."""
         self.weight = state.read(f"{name}.weight", torch.bfloat16)
         if self.bias is not None:
             self.bias = state[f"{name}.bias"]
@@ -107,12 +108,12 @@ class _NarrowLinear(nn.Module):
 class Fp8MatmulLinear(Fp8Linear):
     """An Fp8Linear that multiplies in fp8: bfloat16 in and out, sums in fp32.
 
-    Every row of the input gets its own scale when it comes, so that a token does not depend on its neighbours. Without
-    a GPU the same numbers are multiplied in fp32, which is slow and differs only in the order of the sums.
+    Every row of the input gets its own scale, computed on the fly, so that a token does not depend on its neighbours.
+    Without a GPU the same numbers are multiplied in fp32, which is slow and differs only in the order of the sums.
     """
 
     def keeps(self, dtype: torch.dtype) -> bool:
-        return dtype == E4M3  # rowwise products take no e5m2 on the right
+        return dtype == E4M3  # products with row scales accept no e5m2 on the right
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -123,7 +124,7 @@ class Fp8MatmulLinear(Fp8Linear):
 def apply_fp8(model: nn.Module, *, matmul: bool = False) -> None:
     """Make a Flux keep the matrices of its blocks in fp8. matmul: multiply in fp8 as well.
 
-    Modulation is multiplied in the dtype of its input either way: it has one row an image and steers every token.
+    Modulation is always multiplied in the dtype of its input: it has one row for each image and affects every token.
     """
     for name, layer in _quantizable(model, "transformer"):
         fits = layer.in_features % _FP8_MULTIPLE == 0 and layer.out_features % _FP8_MULTIPLE == 0
@@ -158,7 +159,7 @@ def _replace_in_t5(model: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> 
 
 
 def _quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers of a part whose weights may be narrow, by name."""
+    """Return the names and linear layers of a part whose weights may be narrow."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -168,11 +169,11 @@ def _quantizable(model: nn.Module, part: str) -> list[tuple[str, nn.Linear]]:
 
 def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows (r, i) in e4m3 and their scales (r, 1) fp32: the largest number of a row becomes 448."""
-    if rows.is_meta:  # without computing, since torch takes a second to get ready for computing shapes
+    if rows.is_meta:  # computing on meta would cost a second, which torch needs once for its shape functions
         weight = torch.empty(rows.shape, dtype=E4M3, device=rows.device)
         return weight, torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)
     largest = torch.linalg.vector_norm(rows, ord=inf, dim=1, keepdim=True, dtype=torch.float32)
-    # A row of zeros has no scale, and a row of tiny numbers must not have one so small that it is not exact.
+    # The minimum avoids a scale of 0 for a row of zeros, and an inexact subnormal scale for a row of tiny numbers.
     scale = (largest / _E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).to(E4M3), scale
 
@@ -180,7 +181,7 @@ def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
 def to_fp8_in_pieces(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same as `to_fp8`, some rows at a time.
 
-    The fp32 form of weights needs little memory so.
+    The fp32 form of the weights then needs little memory.
     """
     step = max(1, CHUNK_NUMBERS // rows.shape[1])
     if rows.is_meta or len(rows) <= step:
@@ -222,9 +223,9 @@ def fp8_matmul(
 
 
 def fp8_matmul_obstacle(device: torch.device) -> str:
-    """Return the reason why a device cannot multiply in fp8, "" if it can; the CPU stands in for one that can.
+    """Return the reason why a device cannot multiply in fp8, "" if it can. The CPU passes: it emulates the products.
 
-    A GPU without such products does not stand in: there they would cost more than the products they replace.
+    A GPU without such products is refused, since emulated products would be slower than those that they replace.
     """
     if device.type == "cpu":
         return ""
@@ -239,10 +240,10 @@ def fp8_matmul_obstacle(device: torch.device) -> str:
 
 
 def fp8_product_error(device: torch.device) -> str:
-    """Return the reason why a small fp8 product fails on a GPU, "" if none.
+    """Return the reason why a small fp8 product fails on a GPU, else "".
 
-    Some GPUs and libraries have such products by their version, and refuse scales by row: CUBLAS_STATUS_NOT_SUPPORTED
-    on an RTX PRO 5000 (pytorch #192707). Raises: the error of a device that has failed.
+    Some GPUs and libraries should support such products by their version, but refuse scales by row:
+    CUBLAS_STATUS_NOT_SUPPORTED on an RTX PRO 5000 (pytorch #192707). Raises: the error of a device that has failed.
     """
     ones = torch.ones((_FP8_MULTIPLE, _FP8_MULTIPLE), device=device)
     rows, scale = ones.to(E4M3), ones[:, :1].contiguous()

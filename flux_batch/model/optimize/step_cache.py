@@ -1,7 +1,7 @@
 """The first-block cache: a step that resembles the last computed one reuses most of it. Lossy.
 
 The first block is always run. If its addition to the tokens of an image has hardly changed since the last step at which
-that image was computed in full, the later blocks are not run, and their addition of that step is used again.
+that image was computed in full, the later blocks are skipped, and their addition at that step is reused.
 Source of the idea: chengzeyi/ParaAttention; diffusers 0.42.1, hooks/first_block_cache.py decides for a whole batch.
 Letters: b batch, n image tokens, k images of the batch to compute.
 """
@@ -19,7 +19,7 @@ from flux_batch.model.transformer import Denoiser
 
 @dataclass(slots=True)
 class _Additions:
-    """The additions to the image tokens when each image was last computed in full: (b, n, hidden) each."""
+    """The additions to the image tokens at the last full computation of each image: (b, n, hidden) each."""
 
     first_block: Tensor
     later_blocks: Tensor
@@ -34,8 +34,9 @@ class StepCache:
     """A transformer for one denoising loop that reuses steps: call it with each step in turn.
 
     threshold: the largest change, as a share of the mean magnitude, at which a step is reused, 0..1; at 0 no step is
-    reused, and the result is that of the model. Every image of the batch is judged alone, so that it does not depend on
-    its neighbours. The first and the last step are always computed, and those at which a side network begins or ends.
+    reused, and the result is that of the model. The decision is made for each image of the batch alone, so that an
+    image does not depend on its neighbours. The first and the last step and those at which a side network begins or
+    ends are always computed.
     `num_reused` counts the steps, of all images, whose later blocks were not run; `num_passes` counts all steps.
     """
 
@@ -63,7 +64,7 @@ class StepCache:
             return flux.last_layer(done, modulations)
         reused = finite(after_first + self._last.later_blocks)
         if images:
-            # One tensor of indices: a list would be copied to the device for each tensor that it indexes.
+            # A tensor of indices, because a list would be copied to the device for each tensor that it indexes.
             chosen = torch.tensor(images, device=img.device)
             some, some_txt = after_first.index_select(0, chosen), txt.index_select(0, chosen)
             added = None if residuals is None else residuals.select(chosen)
@@ -79,11 +80,11 @@ class StepCache:
         if self._last is None or step >= self.model.num_steps - 1 or (nets and nets.changes(step)):
             return list(range(len(first_block)))
         change = relative_change(first_block, self._last.first_block).tolist()
-        # An image with NaN is computed, so that the end of the pipeline sees it.
+        # An image with NaN is computed, so that its NaN reaches the check at the end of the pipeline.
         return [image for image, share in enumerate(change) if not share < self.threshold]
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """Return the mean magnitude of the change over that of `old`, for each image: (b, n, c) -> (b,) fp32."""
+    """Return each image's mean magnitude of the change, divided by that of `old`: (b, n, c) -> (b,) fp32."""
     changed = (new - old).abs().mean(dim=(1, 2), dtype=torch.float32)
     return changed / old.abs().mean(dim=(1, 2), dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""The autoencoder in overlapping tiles: less memory for large images; knows no schedule and no prompt.
+"""The autoencoder in overlapping tiles, which needs less memory for large images.
 
-A tile sees nothing beyond its border, so that a tiled image differs a little from a whole one. Sizes, strides and the
-width of the blend are those of DiffSynth-Studio (105fe39, diffsynth/models/tiler.py, TileWorker). It leaves the ends of
-some sizes uncovered and fades at the borders of the image too, which shows seams there; here the last tile of a row
-or column is moved back to end with the image, and tiles fade only towards other tiles.
+A tile sees nothing beyond its border, so a tiled image differs a little from one computed whole. Sizes, strides and the
+width of the blend are those of DiffSynth-Studio (105fe39, diffsynth/models/tiler.py, TileWorker). DiffSynth-Studio
+leaves the ends of some sizes uncovered and fades at the borders of the image too, which causes seams. Here the last
+tile of a row or column is moved back to end with the image, and tiles fade only towards other tiles.
 Letters: b batch, c channels, h and w of the image or the latents.
 """
 
@@ -44,8 +44,8 @@ def tiled_moments(autoencoder: AutoEncoder, image: Tensor, tiling: Tiling) -> Te
 def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
     """Return function(x), computed tile by tile: (b, c, h, w) -> (b, c', s h, s w), in the dtype of x.
 
-    function: scales h and w by one factor s. One tile of one image is computed at a time, and the sums are fp32. The
-    result is function(x) itself if x fits into one tile.
+    function: scales h and w by the same factor s. One tile of one image is computed at a time, and sums are in fp32. If
+    x fits into one tile, the result is function(x) itself.
     Raises: ValueError unless 1 <= stride <= size: wider strides leave gaps.
     """
     if not 1 <= tiling.stride <= tiling.size:
@@ -56,7 +56,7 @@ def blend_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling)
 
 
 def starts(length: int, size: int, stride: int) -> list[int]:
-    """Return the starts of tiles that cover `length` without a gap; the last one ends with it."""
+    """Return the starts of tiles that cover `length` without a gap; the last tile ends at `length`."""
     return [*range(0, length - size, stride), max(length - size, 0)]
 
 

@@ -1,6 +1,6 @@
-"""The two text encoders: prompts in, embeddings out; they know no image.
+"""The two text encoders: prompts in, embeddings out.
 
-No attention mask is passed for padding, as in BFL, diffusers and DiffSynth-Studio: pad tokens are tokens like others,
-and the pad length changes the image. Imports of transformers are those of its tokenizers alone: its networks take
-longer to import than torch.
+No attention mask hides the padding, as in BFL, diffusers and DiffSynth-Studio: the model attends to pad tokens, and the
+padded length changes the image. Only the tokenizers are imported from transformers, since its networks take longer to
+import than torch.
 """

@@ -1,8 +1,8 @@
 """CLIP's text encoder: one embedding for each prompt.
 
 Attribute names are the keys of the published files, after their prefix `text_model.`.
-Letters: b batch, l tokens, h heads, d width. Source: transformers 5.23, models/clip/modeling_clip.py, in whose order
-it computes.
+Letters: b batch, l tokens, h heads, d width. Source: transformers 5.23, models/clip/modeling_clip.py; the order of
+operations is the same.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from flux_batch.model.text.embedding import blank_table
 from flux_batch.model.text.tokenizers import count_tokens, load_tokenizer, tokenize
 
 _HEAD_DIM = 64
-# Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
+# Settings that shapes do not determine. Sizes are read from the shapes of the weights, never from config.json.
 _SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
-# The eos_token_id of older files, with which the end of a text is its largest id; CLIP-L's 49407 is the largest.
+# The eos_token_id of older files, which means that a text ends at its largest id; CLIP-L's end token 49407 is that.
 _LARGEST_ID = 2
 
 
@@ -41,7 +41,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_g
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipParams:
-    """The text encoder, by the names of its config.json. The defaults are those of CLIP-L."""
+    """The text encoder, with the names of config.json. The defaults are those of CLIP-L."""
 
     vocab_size: int
     hidden_size: int
@@ -64,9 +64,9 @@ class ClipParams:
 
 
 def clip_params(shapes: Shapes, config: Config) -> ClipParams:
-    """Return the numbers of a CLIP: sizes from its shapes, the rest from its config.json, else as in CLIP-L.
+    """Return a CLIP's parameters: sizes from its shapes, the rest from config.json or as in CLIP-L.
 
-    Raises: ValueError if its config.json does not fit.
+    Raises: ValueError if config.json does not fit.
     """
     vocab_size, hidden_size = shape_of(shapes, "embeddings.token_embedding.weight")
     settings = {
@@ -95,7 +95,7 @@ class _Embeddings(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Each token attends to those before it, and to itself."""
+    """Causal attention: each token attends to itself and to those before it."""
 
     def __init__(self, p: ClipParams) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _Layers(nn.Module):
 
 
 class ClipModel(nn.Module):
-    """The network: token ids to the state of each text's end, after the final norm, not projected."""
+    """The network: token ids to the state of each text's end token, after the final norm, not projected."""
 
     def __init__(self, params: ClipParams) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class ClipModel(nn.Module):
 
 
 class ClipEncoder:
-    """CLIP's text half with its tokenizer."""
+    """CLIP's text encoder with its tokenizer."""
 
     def __init__(self, tokenizer: Any, model: ClipModel) -> None:
         self.tokenizer = tokenizer
@@ -182,7 +182,7 @@ class ClipEncoder:
 
     @property
     def max_length(self) -> int:
-        """The number of tokens it reads, begin and end of text included."""
+        """The largest number of tokens that it reads, begin and end of text included."""
         length: int = min(self.tokenizer.model_max_length, self.model.params.max_position_embeddings)
         return length
 
@@ -196,14 +196,14 @@ class ClipEncoder:
         return pooled
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
-        """Return whether the end of each prompt is left out."""
+        """Return for each prompt whether it is longer than `max_length` tokens."""
         return [count > self.max_length for count in count_tokens(self.tokenizer, prompts)]
 
 
 def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> ClipEncoder:
     """Load CLIP from a recognised checkpoint, its config.json and the folder `tokenizer` beside it.
 
-    Raises: ValueError naming what is missing.
+    Raises: ValueError if weights or tokenizer files are missing or do not fit.
     """
     what = "a CLIP text encoder"
     tokenizer = load_tokenizer(CLIPTokenizer, checkpoint.folder, "tokenizer")

@@ -7,8 +7,9 @@ from torch import nn
 
 
 def blank_table(num_embeddings: int, width: int) -> nn.Embedding:
-    """Return a table whose weights are still to be loaded: (num_embeddings, width).
+    """Return a table with uninitialized weights (num_embeddings, width).
 
-    nn.Embedding itself draws them. On meta this imports the compiler of torch, which takes as long as torch.
+    nn.Embedding itself initializes them randomly. On meta this makes torch import its compiler, which takes as long as
+    importing torch.
     """
     return nn.Embedding.from_pretrained(torch.empty(num_embeddings, width), freeze=False)

@@ -1,8 +1,8 @@
 """T5's encoder: the states of all tokens of a prompt.
 
 Attribute names are the keys of the published files.
-Letters: b batch, l tokens, h heads, d width. Source: transformers 5.23, models/t5/modeling_t5.py, in whose order it
-computes.
+Letters: b batch, l tokens, h heads, d width. Source: transformers 5.23, models/t5/modeling_t5.py; the order of
+operations is the same.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from flux_batch.model.sampling import on_device
 from flux_batch.model.text.embedding import blank_table
 from flux_batch.model.text.tokenizers import count_tokens, load_tokenizer, tokenize
 
-# Settings that shapes do not tell; sizes are read from the shapes of the weights, whatever a config.json says.
+# Settings that shapes do not determine. Sizes are read from the shapes of the weights, never from config.json.
 _SETTINGS = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
-# How T5 v1.1 gates its feed-forward: by GELU in its approximation with tanh, under both of its names.
+# The gate of T5 v1.1's feed-forward: the tanh approximation of GELU.
 _GATED_GELU = "gated-gelu"
 _GATED_GELUS = (_GATED_GELU, "gated-gelu_new")
-# What is left to float16 below its largest number, once a sum has passed that.
+# States in float16 that overflow are clipped to its largest number minus this margin.
 _FP16_MARGIN = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class T5Params:
-    """The encoder, by the names of its config.json. The defaults are those of T5 v1.1."""
+    """The encoder, with the names of config.json. The defaults are those of T5 v1.1."""
 
     vocab_size: int
     d_model: int
@@ -64,9 +64,9 @@ class T5Params:
 
 
 def t5_params(shapes: Shapes, config: Config) -> T5Params:
-    """Return the numbers of a T5: sizes from its shapes, the rest from its config.json, else as in T5 v1.1.
+    """Return a T5's parameters: sizes from its shapes, the rest from config.json or as in T5 v1.1.
 
-    Raises: ValueError if its config.json does not fit.
+    Raises: ValueError if config.json does not fit.
     """
     vocab_size, d_model = shape_of(shapes, "shared.weight")
     attention = "encoder.block.0.layer.0.SelfAttention"
@@ -97,7 +97,7 @@ class _RMSNorm(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """Attention of all tokens to all, not scaled. The first has the table of the positions for all."""
+    """Unscaled attention of all tokens to all. The first layer has the table of position biases for all layers."""
 
     def __init__(self, p: T5Params, *, has_table: bool) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _SelfAttention(nn.Module):
             self.relative_attention_bias = blank_table(p.relative_attention_num_buckets, p.num_heads)
 
     def position_bias(self, length: int) -> Tensor:
-        """Return what is added to the scores of so many tokens: (1, h, l, l)."""
+        """Return the bias that is added to the attention scores of `length` tokens: (1, h, l, l)."""
         table = self.relative_attention_bias
         buckets = _relative_buckets(length, table.num_embeddings, self.max_distance, table.weight.device)
         return rearrange(table(buckets), "q k h -> 1 h q k").contiguous()
@@ -128,8 +128,9 @@ class _SelfAttention(nn.Module):
 def _relative_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """Return the bucket of each key's distance from each query: (l, l) int64, queries first.
 
-    Half of the buckets are for keys behind the query. Of each half the first half is for one distance each, the rest
-    for distances that grow by a constant factor up to `max_distance`, and the last one for all beyond.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets stands for one
+    distance each; the others stand for ranges that grow by a constant factor up to `max_distance`, and the last one for
+    all distances beyond.
     """
     positions = torch.arange(length, device=device)
     distance = positions[None, :] - positions[:, None]
@@ -148,13 +149,13 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gated = _gelu(self.wi_0(x)) * self.wi_1(x)
-        # wo overflows in float16, see load_t5.
+        # wo is float32 in a float16 model, see load_t5.
         states: Tensor = self.wo(gated.float() if gated.dtype == torch.float16 else gated)
         return states
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """Return GELU in its approximation with tanh; torch's own differs in the last bits."""
+    """Return the tanh approximation of GELU as transformers computes it; torch's own differs in the last bits."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -191,7 +192,7 @@ class _Block(nn.Module):
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Return states in float16 without infinities, others as they are."""
+    """Return float16 states with infinities clipped; return other dtypes unchanged."""
     if x.dtype != torch.float16:
         return x
     largest = torch.finfo(x.dtype).max - _FP16_MARGIN
@@ -241,7 +242,7 @@ class T5Encoder:
 
     @property
     def max_length(self) -> int:
-        """The number of tokens its tokenizer was made for; since positions are relative, more are possible."""
+        """The tokenizer's maximum number of tokens. The network takes more, since its positions are relative."""
         length: int = self.tokenizer.model_max_length
         return length
 
@@ -255,7 +256,7 @@ class T5Encoder:
         return states
 
     def truncated(self, prompts: Sequence[str], length: int) -> list[bool]:
-        """Return whether the end of each prompt is left out at this length."""
+        """Return for each prompt whether it is longer than `length` tokens."""
         return [count > length for count in count_tokens(self.tokenizer, prompts)]
 
 
@@ -264,7 +265,7 @@ def load_t5(
 ) -> T5Encoder:
     """Load T5's encoder from a recognised checkpoint, its config.json and the folder `tokenizer_2` beside it.
 
-    Raises: ValueError naming what is missing.
+    Raises: ValueError if weights or tokenizer files are missing or do not fit.
     """
     what = "a T5 encoder"
     tokenizer = load_tokenizer(T5Tokenizer, checkpoint.folder, "tokenizer_2")
@@ -273,14 +274,14 @@ def load_t5(
         model = T5Model(t5_params(checkpoint.shapes, read_config(checkpoint.folder, "text_encoder_2")))
     expected = {name: value.shape for name, value in model.state_dict().items()}
     checkpoint.check(what, expected)
-    # float16 overflows in wo; transformers keeps it in fp32, too.
+    # wo overflows in float16; transformers keeps it in fp32, too.
     wide = [name for name in expected if name.endswith(".wo.weight")] if dtype == torch.float16 else []
     state = StoredState(checkpoint, dtype, device, dtypes=dict.fromkeys(wide, torch.float32))
     return T5Encoder(tokenizer, load_weights(model, state, prepare))
 
 
 def _with_one_table(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a T5 with its token table as `shared.weight` only: files hold it under one of two names, or both."""
+    """Return a T5 with its token table as `shared.weight` only; files have it under either of two names, or both."""
     shared, again = "shared.weight", "encoder.embed_tokens.weight"
     names = {name: name for name in checkpoint.tensors if name != again or shared not in checkpoint.tensors}
     return checkpoint.rename({name: shared if name == again else name for name in names})

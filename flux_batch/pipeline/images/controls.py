@@ -1,4 +1,4 @@
-"""The ControlNets of a pipeline: the settings of a call for each, and what each reads of the call's images."""
+"""The ControlNets of a pipeline: the settings of a call for each, and the images that each reads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class ControlSetting(NamedTuple):
-    """The settings of one control image, in the words of diffusers.
+    """The settings of one control image, as in diffusers.
 
-    scale: the strength of its net, 0 is none. start, end: it counts at step i of n if i / n >= start and
-    (i + 1) / n <= end. mode: the kind of image, of a union net alone: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey,
-    6 low quality. Each net is mapped to the blocks of the model before nets are added, which diffusers does after.
+    scale: the strength of its net; 0 switches it off. start, end: the net is active at step i of n if i / n >= start
+    and (i + 1) / n <= end. mode: the kind of image, for a union net only: 0 canny, 1 tile, 2 depth, 3 blur, 4 pose,
+    5 grey, 6 low quality. The residuals of each net are mapped to the blocks of the model before the nets are summed;
+    diffusers sums first.
     """
 
     scale: float = 1.0
@@ -37,21 +38,21 @@ class ControlSetting(NamedTuple):
     mode: int | None = None
 
 
-# The arguments of a call, by the names of diffusers, in the order of ControlSetting.
+# The arguments of a call, with the names of diffusers, in the order of ControlSetting.
 CONTROL_ARGUMENTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
 _DEFAULTS = (1.0, 0.0, 1.0, None)
 
 
-# The modes of a union net by the names of DiffSynth-Studio: modelscope/DiffSynth-Studio, models/flux_controlnet.py.
+# DiffSynth-Studio's names for the modes of a union net (modelscope/DiffSynth-Studio, models/flux_controlnet.py).
 _DIFFSYNTH_MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}
 
 
 def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     """Return arguments of a call for DiffSynth-Studio's `controlnet_inputs`.
 
-    inputs: objects or mappings with its fields image, inpaint_mask, controlnet_id, scale, processor_id, start and end,
-    the share of the steps that are left when the net begins and ends, 1 and 0, rounded as diffusers' words are.
-    Raises: InvalidSetting.
+    inputs: objects or mappings with the fields image, inpaint_mask, controlnet_id, scale, processor_id, start and end.
+    start and end are the shares of the steps that remain when the net begins and ends (defaults 1 and 0); they are
+    converted to diffusers' shares and rounded like these. Raises: InvalidSetting.
     """
     given = _all_fields(inputs)
     if not given:
@@ -59,7 +60,7 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
     nets = [each.get("controlnet_id", 0) for each in given]
     if sorted(nets) != list(range(len(nets))) and set(nets) != {0}:
         raise InvalidSetting(
-            f"controlnet_inputs: of the nets {nets}; give one for each net, or several for the only one",
+            f"controlnet_inputs: controlnet_id = {nets}: give one input for each net, or several for a single net",
             field="controlnet_inputs",
         )
     given = [each for _, each in sorted(zip(nets, given, strict=True), key=itemgetter(0))]
@@ -75,7 +76,7 @@ def controls_of_diffsynth(inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _all_fields(inputs: Any) -> list[_Fields]:
-    """Return the fields of each input. Raises: InvalidSetting for anything that has none."""
+    """Return the fields of each input. Raises: InvalidSetting for an input without fields."""
     name = "controlnet_inputs"
     if not isinstance(inputs, (list, tuple)):
         raise InvalidSetting(f"{name} is a {type(inputs).__name__}: must be a list of inputs", field=name)
@@ -87,7 +88,7 @@ def _all_fields(inputs: Any) -> list[_Fields]:
 
 
 class _Fields:
-    """The fields of an object or of a mapping, without those that are None."""
+    """The fields of an object or a mapping, without those that are None."""
 
     def __init__(self, source: Any) -> None:
         self._values = source if isinstance(source, Mapping) else vars(source)
@@ -98,9 +99,9 @@ class _Fields:
 
 
 class ControlNets:
-    """The ControlNets of a pipeline, none of them or several.
+    """The ControlNets of a pipeline: none, one or several.
 
-    Each reads one control image of an image; a single net reads all of them, one after the other.
+    Each of several nets reads one control image. A single net reads all control images, one after the other.
     """
 
     def __init__(self, nets: Sequence[ControlNet] = ()) -> None:
@@ -109,16 +110,17 @@ class ControlNets:
     def as_diffusers(self, images: Any) -> Any:
         """Return control images as diffusers reads them.
 
-        A list of images alone, one for each of several nets, is shared by all prompts.
+        A flat list with one image for each of several nets is shared by all prompts.
         """
         is_flat = isinstance(images, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in images)
         return shared_by_all(images, len(self.nets)) if is_flat and len(self.nets) > 1 else images
 
     def settings(self, num_images: int, *arguments: Any) -> tuple[ControlSetting, ...]:
-        """Return the setting of each of `num_images` control images of an image; 0: as many as nets.
+        """Return the settings of an image's `num_images` control images; 0 stands for one for each net.
 
         arguments: those of a call, each one value for all or a list. Raises: InvalidSetting for a value out of range,
-        another number of values than images, or of images than nets, and for any value without nets.
+        if the number of values is not the number of images, or the number of images not that of the nets; and for any
+        value without nets.
         """
         if not self.nets:
             _check_unset(arguments)
@@ -184,7 +186,7 @@ class ControlNets:
             )
 
     def uses(self, request: PipelineRequest, latents: ImageLatents) -> list[ControlUse]:
-        """Return the nets that count in a call, each with its control images encoded."""
+        """Return the nets that are used in a call, each with its encoded control images."""
         nets = self._net_of_each(len(request.controls))
         return [
             self._use(net, setting, request, place, latents)
@@ -227,7 +229,7 @@ def _check_range(number: int, setting: ControlSetting) -> None:
 
 
 def _check_mode(number: int, num_modes: int, mode: int | None) -> None:
-    """Raise InvalidSetting unless a union net has its mode, and any other has none."""
+    """Raise InvalidSetting unless a union net has a valid mode and other nets none."""
     if num_modes and (mode is None or mode >= num_modes):
         raise InvalidSetting(
             f"control_mode = {mode} of control image {number}: its union ControlNet needs one from 0 to "
@@ -236,14 +238,14 @@ def _check_mode(number: int, num_modes: int, mode: int | None) -> None:
         )
     if mode is not None and not num_modes:
         raise InvalidSetting(
-            f"control_mode = {mode} of control image {number}: its ControlNet is no union net and has no modes; leave "
-            "it out",
+            f"control_mode = {mode} of control image {number}: its ControlNet is not a union net and has no modes; "
+            "leave it out",
             field="control_mode",
         )
 
 
 def _check_unset(arguments: Sequence[Any]) -> None:
-    """Raise InvalidSetting for an argument that tells ControlNets something, as there are none."""
+    """Raise InvalidSetting for an argument of ControlNets that is set although there are none."""
     for name, value, default in zip(CONTROL_ARGUMENTS, arguments, _DEFAULTS, strict=True):
         values = value if isinstance(value, (list, tuple)) else [value]
         if not all(each is default or (isinstance(each, Real) and each == default) for each in values):

@@ -1,4 +1,4 @@
-"""The images of a call, checked: a list for each argument, with one entry an image to make; computes nothing."""
+"""The input images of a call, checked: a list for each argument, with one entry for each image to make."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flux_batch.sampling_params import MAX_SIDE, check_number, own_size, preferr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageInputs:
-    """The images that the images of a call are made from; None for an argument that is not given.
+    """The input images of a call; None for an argument that is not given.
 
-    mask_image: white is repainted. control_image: each entry a list. reference_image: each entry a list, in the size
-    in which they are read. image_prompt: each entry a list, each as long. image_prompt_embeds: in its place, one tensor
-    (b, k, e) for each IP-Adapter. control_image_scale, image_prompt_scale: the weight of each of these. Raises:
-    InvalidSetting for a mask without its image, or of other proportions, or for images whose references have other
-    sizes than those of the first.
+    mask_image: white is repainted. control_image: each entry is a list. reference_image: each entry is a list, already
+    resized to the size that the model reads. image_prompt: each entry is a list, all of equal length.
+    image_prompt_embeds: replaces image_prompt, one tensor (b, k, e) for each IP-Adapter. control_image_scale,
+    image_prompt_scale: the weight of each of these images. Raises: InvalidSetting for a mask without its image or with
+    other proportions, or if not all images have references of the same sizes.
     """
 
     input_image: list[Image.Image] | None = None
@@ -66,30 +66,30 @@ class ImageInputs:
 
     @property
     def num_controls(self) -> int:
-        """The number of control images of the first image; 0 for none."""
+        """The number of control images of the first image to make, 0 without any."""
         return len(self.control_image[0]) if self.control_image else 0
 
     @property
     def reference_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The width and height of each reference image of an image; all have the same."""
+        """The width and height of each reference image; they are equal for all images to make."""
         return tuple(image.size for image in self.reference_image[0]) if self.reference_image else ()
 
     def size_of(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """Return the width and height of the images to make: as given, of the first reference, or the default."""
+        """Return the width and height of the images to make: as given, else the first reference's, else the default."""
         default = next(iter(self.reference_sizes), (_DEFAULT_SIDE, _DEFAULT_SIDE))
         return default[0] if width is None else width, default[1] if height is None else height
 
     @property
     def prompt_scales(self) -> list[list[float]]:
-        """The weight of each image prompt of each image."""
+        """The weights of the image prompts of each image to make."""
         return self.image_prompt_scale or [[1.0] * len(images) for images in self.image_prompt or ()]
 
     def control_weights(self, place: int) -> list[float]:
-        """Return the weight of the control image at a place of each image's list."""
+        """Return the weights of the control images at an index of each image's list."""
         return [each[place] for each in self.control_image_scale or ()]
 
     def check_for(self, variant: Variant, *, nets_read_mask: bool = False) -> None:
-        """Raise InvalidSetting unless a variant of the model has exactly what it reads.
+        """Raise InvalidSetting for images that a variant of the model lacks or does not read.
 
         nets_read_mask: a ControlNet reads the mask, with or without an input_image.
         """
@@ -115,35 +115,37 @@ class ImageInputs:
 
 
 class SharedImages(list[Any]):
-    """Images that each image of a call is made from, whatever their number."""
+    """Input images that all images of a call share, whatever their number."""
 
 
 def shared_by_all(value: Any, num_readers: int) -> Any:
-    """Return a list as SharedImages if it has an entry for each reader."""
+    """Return a list as SharedImages if it has one entry for each reader."""
     return SharedImages(value) if isinstance(value, (list, tuple)) and len(value) == num_readers else value
 
 
 _NO_IMAGE_FOR_MASK = "mask_image: needs an input_image to repaint"
-# Arguments of which an image may have several.
+# Arguments with several input images for an image to make.
 _SEVERAL = ("control_image", "reference_image", "image_prompt")
-# Those of image prompts, which no variant of the model reads by itself.
+# Arguments with image prompts, which no variant of the model reads by itself.
 _PROMPTS = ("image_prompt", "image_prompt_embeds")
-# Those whose images have weights.
+# Arguments whose images have weights.
 _WEIGHTED = ("control_image", "image_prompt")
-# Pixels.
-_DEFAULT_SIDE = 1024
+_DEFAULT_SIDE = 1024  # pixels
 _IMAGES = tuple(field.name for field in fields(ImageInputs) if not field.name.endswith("_scale"))
 
 
 def keeps_latents(inputs: ImageInputs, variant: Variant) -> bool:
-    """Return whether what a mask leaves is put back after each step: Fill reads the mask itself."""
+    """Return whether the area outside a mask is restored after each step: not for Fill, which reads the mask."""
     return inputs.mask_image is not None and variant is not FILL
 
 
 def image_inputs(
     count: int, arguments: dict[str, Any], resize_references: bool = True, *, is_single: bool = False
 ) -> ImageInputs:
-    """Return the images of a call for `count` images; is_single: a list is of one image. Raises: InvalidSetting."""
+    """Return the input images of a call that makes `count` images.
+
+    is_single: a list holds several input images of the one image to make. Raises: InvalidSetting.
+    """
     given = {name: value for name, value in arguments.items() if value is not None}
     scales = {name: given.pop(f"{name}_scale", 1.0) for name in _WEIGHTED}
     embeds = given.pop("image_prompt_embeds", None)
@@ -167,7 +169,7 @@ def image_inputs(
 
 
 def _prompt_embeds(value: Any, count: int, scale: Any) -> list[Tensor]:
-    """Return embeddings of image prompts, for each IP-Adapter, with one entry an image. Raises: InvalidSetting."""
+    """Return embeddings of image prompts: for each IP-Adapter (count, k, e). Raises: InvalidSetting."""
     name = "ip_adapter_image_embeds"
     if scale != 1.0:
         raise InvalidSetting(f"image_prompt_scale: is a weight of images, and {name} are none", field=name)
@@ -185,7 +187,7 @@ def _prompt_embeds(value: Any, count: int, scale: Any) -> list[Tensor]:
 
 
 def _scales(field: str, value: Any, images: Sequence[Sequence[Any]], *, is_single: bool) -> list[list[float]]:
-    """Return a weight for each image in an argument, by image to make. Raises: InvalidSetting."""
+    """Return the weights of an argument's input images, a list for each image to make. Raises: InvalidSetting."""
     name, found = f"{field}_scale", []
     for own, prompts in zip(_one_each(name, [value] if is_single else value, len(images)), images, strict=True):
         scales = list(own) if isinstance(own, (list, tuple)) else [own] * len(prompts)
@@ -200,7 +202,7 @@ def _scales(field: str, value: Any, images: Sequence[Sequence[Any]], *, is_singl
 
 
 def _sized(image: Any, size_of: Callable[[int, int], tuple[int, int]]) -> Image.Image:
-    """Return a reference image in RGB at the size in which it is read. Raises: InvalidSetting."""
+    """Return a reference image in RGB, resized to the size that the model reads. Raises: InvalidSetting."""
     if not isinstance(image, Image.Image):
         raise InvalidSetting(
             f"reference_image is a {type(image).__name__}: must be a PIL image", field="reference_image"
@@ -212,17 +214,20 @@ def _sized(image: Any, size_of: Callable[[int, int], tuple[int, int]]) -> Image.
 
 
 def _flat(images: list[Any]) -> list[Any]:
-    """Return a list in a list as one: diffusers has one for each IP-Adapter."""
+    """Return a flat list: diffusers accepts a list for each IP-Adapter inside the list."""
     return as_images(images[0]) if len(images) == 1 else images
 
 
 def as_images(value: Any) -> list[Any]:
-    """Return one image or several as a list."""
+    """Return an image or several images as a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _one_each(name: str, value: Any, count: int) -> list[Any]:
-    """Return one value for each image, a list of one as diffusers does. Raises: InvalidSetting for another length."""
+    """Return one value for each image; a list of one value is for all, as in diffusers.
+
+    Raises: InvalidSetting for another length.
+    """
     if isinstance(value, SharedImages):
         return [value] * count
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]

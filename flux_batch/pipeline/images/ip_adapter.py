@@ -1,4 +1,4 @@
-"""Images as prompts of an IP-Adapter: image tokens attend to what CLIP sees in them.
+"""Image prompts of an IP-Adapter: image tokens attend to tokens from CLIP's embedding of the prompts.
 
 Letters: b batch, k image prompts of one image, e width of CLIP's embedding.
 """
@@ -27,15 +27,15 @@ from flux_batch.pipeline.images.memory import ImageMemory
 from flux_batch.pipeline.images.pixels import converted
 from flux_batch.sampling_params import check_number
 
-# Those of CLIP: transformers 5.23, image_utils.py, OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
+# CLIP's normalization: transformers 5.23, image_utils.py, OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-# A longer side of so many shorter ones; the square in the middle is all that is read.
+# The largest aspect ratio that is resized as a whole; only the square in the middle is read.
 _MAX_RATIO = 16
 
 
 class IPAdapterPrompts:
-    """The IP-Adapter of a pipeline with its vision tower; remembers the embeddings of the last images."""
+    """The IP-Adapter of a pipeline with its vision tower, and a cache of image embeddings."""
 
     def __init__(self, encoder: ClipVisionEncoder, adapter: IPAdapter, num_heads: int) -> None:
         self.encoder = encoder
@@ -45,14 +45,14 @@ class IPAdapterPrompts:
         self.set_scale(1.0)
 
     def set_scale(self, scale: float | Sequence[float]) -> None:
-        """Set the strength of every image, beside its own weight: one number, or one for each double block.
+        """Set the strength, a factor of every image's weight: one number, or one for each double block.
 
         Raises: the errors of `block_scales`.
         """
         self._scale = self.block_scales(scale)
 
     def block_scales(self, scale: float | Sequence[float]) -> list[float]:
-        """Return the strength at each double block. Raises: InvalidSetting for no number, or not one for each."""
+        """Return the strength at each double block. Raises: InvalidSetting unless it is a number, or one for each."""
         depth = self.adapter.params.depth
         scales = list(scale) if isinstance(scale, Sequence) else [scale] * depth
         for each in scales:
@@ -62,16 +62,16 @@ class IPAdapterPrompts:
         return scales
 
     def embeds(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
-        """Return the embeddings of images, as many for each of b: (b, k, e). Raises: InvalidSetting."""
+        """Return the embeddings of b lists of k image prompts: (b, k, e). Raises: InvalidSetting."""
         pixels = torch.stack([clip_pixels(image, self.encoder.side) for each in images for image in each])
         return self._memory.encoded(pixels, self.encoder).unflatten(0, (len(images), -1))
 
     def negative_embeds(self, embeds: Tensor) -> Tensor:
-        """Return the embeddings of as many black images, which negative prompts have, as in diffusers."""
+        """Return embeddings of black images in the same shape, for negative prompts, as in diffusers."""
         return self.embeds([[Image.new("RGB", (1, 1))]]).to(embeds).expand_as(embeds)
 
     def prompt(self, embeds: Tensor, scales: Sequence[Sequence[float]]) -> ImagePrompt:
-        """Return what is read beside texts: embeddings (b, k, e), each with its scale."""
+        """Return the keys and values of embeddings (b, k, e), each with its scale."""
         return self.adapter.prompt(embeds, self._num_heads, self._scale, torch.tensor(scales, **HOST).to(embeds))
 
 
@@ -84,7 +84,7 @@ def load_ip_adapter_prompts(
     device: torch.device,
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[IPAdapterPrompts]:
-    """Load IP-Adapters with their vision tower, for a transformer of these parameters.
+    """Load IP-Adapters with their vision towers, for a transformer with these parameters.
 
     Raises: CheckpointError for files that are missing or do not fit; StoreError.
     """
@@ -98,7 +98,7 @@ def load_ip_adapter_prompts(
 def ip_adapter_prompts(
     found: Sequence[tuple[Checkpoint, Checkpoint]], *, base: FluxParams, dtype: torch.dtype, device: torch.device
 ) -> list[IPAdapterPrompts]:
-    """Build IP-Adapters of their files, each with its vision tower; one tower of several is loaded once.
+    """Build IP-Adapters from their files; a vision tower that several share is loaded once.
 
     Raises: CheckpointError.
     """
@@ -137,7 +137,7 @@ def clip_pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Return the middle of a very long image: resized whole, it would take gigabytes."""
+    """Return the middle of a very long image: resizing it whole would take gigabytes."""
     longest = _MAX_RATIO * min(image.size)
     width, height = (min(each, longest) for each in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2

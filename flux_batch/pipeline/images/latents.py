@@ -1,4 +1,4 @@
-"""Images of a call as latents: to start from, to keep, and as conditions; knows no transformer and no text.
+"""Input images of a call as latents: to start from, to keep, and as conditions.
 
 Letters: b batch, z latent channels, h and w of the latents, n packed tokens.
 """
@@ -26,15 +26,15 @@ from flux_batch.pipeline.images.memory import ImageMemory
 from flux_batch.pipeline.images.pixels import to_mask_pixels, to_pixels
 from flux_batch.pipeline.request import PipelineRequest
 
-# In diffusers' form: the pipeline, the step, its timestep, and {"latents": (b, n, 4z)}, which it may replace.
+# As in diffusers, called with the pipeline, the step, its timestep, and {"latents": (b, n, 4z)}; it may return others.
 StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 _AfterStep = Callable[[int, Tensor], Tensor]
 
 
 class _Start(NamedTuple):
-    """The latents that denoising starts from, and what they are made of: each (b, z, h, w).
+    """The latents that denoising starts from, and the noise and image in them: each (b, z, h, w).
 
-    image: None if they are noise alone.
+    image: None if the latents are pure noise.
     """
 
     latents: Tensor
@@ -43,9 +43,9 @@ class _Start(NamedTuple):
 
 
 class _Conditions(NamedTuple):
-    """The conditions of a call beside its texts, the same at every step; None for those it has not.
+    """The conditions of a call beside its texts, the same at every step; None for those that it lacks.
 
-    channels: (b, n, c), beside the noise of each token. references: (b, m, 4z), tokens before those of the image.
+    channels: (b, n, c), appended to the noisy channels. references: (b, m, 4z), tokens before those of the image.
     """
 
     channels: Tensor | None
@@ -58,7 +58,7 @@ class _Conditions(NamedTuple):
 
 
 class ImageLatents:
-    """The autoencoder between images and latents of a model, which computes in `dtype` on `device`."""
+    """The autoencoder with its conversions between images and latents. The model computes in `dtype` on `device`."""
 
     def __init__(self, autoencoder: AutoEncoder, device: torch.device, dtype: torch.dtype) -> None:
         self.autoencoder = autoencoder
@@ -74,8 +74,8 @@ class ImageLatents:
         if request.images.input_image is None:
             noise = self._as_latents(make_noise(shape, generators))
             return _Start(noise, noise, None)
-        # The posterior draws before the noise from the same generator, as in diffusers; DiffSynth takes its mean, and
-        # so do the pipelines of diffusers for Kontext.
+        # The posterior is sampled before the noise, from the same generator, as in diffusers. DiffSynth and diffusers'
+        # pipelines for Kontext take its mean.
         takes_mean = request.shared.sigma_shift is not None or variant is KONTEXT
         posterior = None if takes_mean else make_noise(shape, generators)
         noise = self._as_latents(make_noise(shape, generators))
@@ -83,14 +83,14 @@ class ImageLatents:
         return _Start(add_noise(image, noise, sigma), noise, image)
 
     def conditions(self, request: PipelineRequest, variant: Variant) -> _Conditions:
-        """Return what a variant reads of the images of a call, at every step."""
+        """Return the conditions that a variant reads from the images of a call."""
         return _Conditions(self._channels(request, variant), self._references(request))
 
     def control(self, request: PipelineRequest, place: int, *, as_pixels: bool, with_mask: bool) -> Tensor:
-        """Return control images as a ControlNet reads them: those at a place of each image's list.
+        """Return control images as a ControlNet reads them: those at index `place` of each image's list.
 
-        as_pixels: (b, 3, 8h, 8w) in [-1, 1]; else packed latents (b, n, c), of the posterior's mean. with_mask: where
-        the mask repaints the image is black, and what it keeps is a further latent channel.
+        as_pixels: (b, 3, 8h, 8w) in [-1, 1]; else packed latents (b, n, c) of the posterior's mean. with_mask: the
+        image is black where the mask repaints, and the inverted mask is one more latent channel.
         """
         images = [each[place] for each in request.images.control_image or ()]
         pixels = self._pixels(images, "control_image", request)
@@ -103,9 +103,9 @@ class ImageLatents:
         return torch.cat((latents, self._as_latents(1 - latent_mask(mask, 1, p.downscale))), dim=-1)
 
     def _channels(self, request: PipelineRequest, variant: Variant) -> Tensor | None:
-        """Return what a variant reads in the channels of each token, beside the noise: (b, n, c); None for nothing.
+        """Return a variant's condition in the channels of each token, beside the noise: (b, n, c), or None.
 
-        Always the mean of the posterior, as in BFL's code, so that an image depends on nothing but its row.
+        It is always the mean of the posterior, as in BFL's code, so that an image depends only on its row.
         """
         inputs = request.images
         if inputs.control_image is not None and variant.channels == 2:
@@ -115,13 +115,13 @@ class ImageLatents:
             return None
         mask = self.masks(request)
         pixels = self._pixels(inputs.input_image, "input_image", request)
-        masked = pixels * (1 - mask)  # the hole is 0, mid-grey
+        masked = pixels * (1 - mask)  # the area to repaint is 0, mid-grey
         return fill_channels(self.encode(masked, request.tiling), mask, self.autoencoder.params.downscale)
 
     def _references(self, request: PipelineRequest) -> Tensor | None:
-        """Return the tokens of the reference images, one after the other: (b, m, 4z); None for none.
+        """Return the tokens of the reference images, one after the other: (b, m, 4z), or None.
 
-        Of each image alone, in one pass a place in the list; the mean of the posterior, as in diffusers.
+        Each image is encoded alone, as the mean of the posterior, as in diffusers.
         """
         images = request.images.reference_image
         if not images or not request.images.reference_sizes:
@@ -130,12 +130,12 @@ class ImageLatents:
         return torch.cat([pack(self.encode(each, request.tiling)) for each in pixels], dim=1)
 
     def places(self, request: PipelineRequest) -> tuple[Reference, ...]:
-        """Return the sizes and places of the reference images' latents."""
+        """Return the sizes and positions of the reference images' latents."""
         downscale = self.autoencoder.params.downscale
         return placed([(h // downscale, w // downscale) for w, h in request.images.reference_sizes])
 
     def kept(self, request: PipelineRequest, variant: Variant, start: _Start, sigmas: Tensor) -> KeptLatents | None:
-        """Return what puts latents outside a mask back after each step; None if nothing does."""
+        """Return the object that restores latents outside a mask after each step; None without a mask or for Fill."""
         if start.image is None or not keeps_latents(request.images, variant):
             return None
         p = self.autoencoder.params
@@ -150,7 +150,7 @@ class ImageLatents:
     def encode(self, pixels: Tensor, tiling: Tiling | None, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents in the model's dtype: (b, 3, 8h, 8w) in [-1, 1] on the CPU -> (b, z, h, w).
 
-        Each image is encoded alone, the last ones once. noise: to sample the posterior; None takes its mean.
+        Each image is encoded alone, and recent results are cached. noise: to sample the posterior; None takes its mean.
         """
         weight = self.autoencoder.encoder.conv_in.weight
 
@@ -170,7 +170,7 @@ class ImageLatents:
     def paste_back(self, pixels: Tensor, request: PipelineRequest) -> Tensor:
         """Return pixels with those of the input images where a mask is 0.
 
-        In uint8 they have the same bits.
+        Converted to uint8, these pixels equal the resized input image bit for bit.
         """
         inputs: ImageInputs = request.images
         if inputs.mask_image is None or inputs.input_image is None:
@@ -189,9 +189,10 @@ class ImageLatents:
 def after_each_step(
     kept: KeptLatents | None, callback: StepCallback | None, pipeline: Any, sigmas: Tensor
 ) -> _AfterStep | None:
-    """Return what changes latents after each step: what a mask keeps, then the callback; None if nothing does.
+    """Return a function that changes latents after each step, or None.
 
-    Both are in the order of diffusers (pipelines/flux/pipeline_flux_inpaint.py).
+    It first restores what a mask keeps, then calls the callback, in diffusers' order
+    (pipelines/flux/pipeline_flux_inpaint.py).
     """
     if callback is None:
         return kept
@@ -204,9 +205,9 @@ def after_each_step(
 
 
 def _latents_of(returned: Any, img: Tensor) -> Tensor:
-    """Return the latents that a callback returned, in the dtype of `img`, its own; `img` itself if none.
+    """Return the latents that a callback returned, in the dtype of `img`; `img` itself if it returned none.
 
-    Raises: InvalidSetting for anything that does not go on as latents.
+    Raises: InvalidSetting for anything that cannot be used as latents.
     """
     name = "callback_on_step_end"
     if returned is None:

@@ -1,4 +1,4 @@
-"""The methods of a pipeline that load readers of image prompts: Redux and IP-Adapters, under the names of diffusers."""
+"""The methods of a pipeline that load Redux and IP-Adapters, with the names of diffusers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flux_batch.sampling_params import check_cuda_graphs
 
 
 class ImagePromptLoaders:
-    """The part of a pipeline that loads what reads its `image_prompts`."""
+    """The part of a pipeline that loads models for image prompts: Redux and IP-Adapters."""
 
     image_prompts: ImagePrompts
     graphs: CudaGraphs | None
@@ -25,9 +25,9 @@ class ImagePromptLoaders:
     def load_redux(self, uri: PathOrFolder, image_encoder: PathOrFolder | None = None, scale: float = 1.0) -> None:
         """Load a FLUX.1-Redux with its vision tower, SigLIP, for calls with image prompts.
 
-        uri: its file, or the folder or repository that holds it, flux1-redux-dev.safetensors or `image_embedder`.
-        image_encoder: the file or folder of the tower; None is the folder `image_encoder` beside it. scale: the weight
-        of every image, beside its own. Raises: CheckpointError; StoreError; InvalidSetting.
+        uri: its file, or the folder or repository that holds it as flux1-redux-dev.safetensors or `image_embedder`.
+        image_encoder: the file or folder of the tower; None is the folder `image_encoder` beside it. scale: a factor of
+        every image's weight. Raises: CheckpointError; StoreError; InvalidSetting.
         """
         self.image_prompts.load_redux(uri, image_encoder, scale)
 
@@ -42,13 +42,13 @@ class ImagePromptLoaders:
         image_encoder: PathOrFolder | None = None,
         scale: AdapterScale = 1.0,
     ) -> None:
-        """Load an IP-Adapter of XLabs with its vision tower, CLIP-L, for calls with image prompts; or several.
+        """Load one or several IP-Adapters of XLabs with their vision tower, CLIP-L.
 
-        uri, weight_name, subfolder: its file, or its folder or repository and the file in there; lists for several,
-        whose changes add up, in place of those that were loaded before. image_encoder, with diffusers' long name for
-        it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the folder
-        `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
-        Raises: CheckpointError, for a pickle as InstantX's too; StoreError; InvalidSetting.
+        They replace those that were loaded before; the effects of several add up. uri, weight_name, subfolder: the
+        file, or a folder or repository and the file in it; lists for several IP-Adapters. image_encoder, or diffusers'
+        longer names for it: the file, folder or repository of the tower, openai/clip-vit-large-patch14; None is the
+        folder `image_encoder` beside the adapter. scale: see `set_ip_adapter_scale`.
+        Raises: CheckpointError, also for a pickle such as InstantX's; StoreError; InvalidSetting.
         """
         check_cuda_graphs(self.graphs is not None, 0, has_ip_adapter=True)
         encoder = image_encoder or image_encoder_pretrained_model_name_or_path
@@ -56,20 +56,20 @@ class ImagePromptLoaders:
         self.image_prompts.load_ip_adapters(files, encoder, scale, image_encoder_subfolder)
 
     def set_ip_adapter_scale(self, scale: AdapterScale) -> None:
-        """Set the strength of the IP-Adapter: one number, or one for each double block; of several, one of these each.
+        """Set the strength of the IP-Adapter: one number, or one for each double block.
 
-        Raises: InvalidSetting.
+        For several IP-Adapters, pass one of these for each. Raises: InvalidSetting.
         """
         self.image_prompts.set_scale(scale)
 
     def unload_ip_adapter(self) -> None:
-        """Drop the IP-Adapters and their vision tower."""
+        """Unload the IP-Adapters and their vision tower."""
         self.image_prompts.ip_adapters = []
 
     def prepare_ip_adapter_image_embeds(self, ip_adapter_image: Any) -> list[Tensor]:
         """Return the embeddings of images, for calls with `ip_adapter_image_embeds`: (1, k, e) for each IP-Adapter.
 
-        ip_adapter_image: that of one prompt. Raises: InvalidSetting; OutOfMemory; DeviceFatal.
+        ip_adapter_image: the images of one prompt. Raises: InvalidSetting; OutOfMemory; DeviceFatal.
         """
         with torch.inference_mode(), without_autocast(), device_errors():
             return self.image_prompts.embeds(ip_adapter_image)

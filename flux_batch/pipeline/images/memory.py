@@ -1,4 +1,4 @@
-"""The encodings of the last images: an image of many rows is encoded once; knows no encoder."""
+"""A cache of image encodings: an image that many rows name is encoded once."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from flux_batch.model.optimize.memo import Memo
 
-# In bfloat16 the encodings of about 128 images of a megapixel, or 22 image prompts as tokens.
+# In bfloat16, enough for the latents of about 128 images of a megapixel, or for the tokens of 22 image prompts.
 _MAX_BYTES = 128 * 2**20
 
 
 class ImageMemory:
-    """Encodes each image alone, and remembers the last ones, up to `max_bytes`.
+    """An encoder of single images with a cache of recent results, up to `max_bytes`.
 
-    Neither the other images of a batch nor what is remembered can thus change a bit of the result.
+    Since each image is encoded alone, neither the rest of its batch nor the cache can change a bit of the result.
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self._memo: Memo[Tensor] = Memo(max_bytes, lambda encoded: encoded.nbytes)
 
     def encoded(self, pixels: Tensor, encode: Callable[[Tensor], Tensor], *settings: Hashable) -> Tensor:
-        """Return the encodings of images, each encoded alone or remembered: (b, ...) -> (b, ...).
+        """Return the encodings of images, each encoded alone or taken from the cache: (b, ...) -> (b, ...).
 
-        settings: what its result depends on besides.
+        settings: everything else that the result of `encode` depends on.
         """
         return torch.cat([self._one(each, encode, settings) for each in pixels.split(1)])
 

@@ -1,4 +1,4 @@
-"""Conversions between images and pixels of the autoencoder; knows no network and no prompt."""
+"""Conversions between images and the pixel tensors of the autoencoder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_pixels(image: Image.Image, width: int, height: int, name: str = "input_im
 def to_mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     """Return a mask as pixels: fp32 (1, height, width), 1 where it repaints, else 0; resized by Lanczos.
 
-    A pixel is repainted from half grey on, as in diffusers. Raises: as `to_pixels`.
+    Pixels from mid-grey on are repainted, as in diffusers. Raises: like `to_pixels`.
     """
     array = np.asarray(resized(mask, width, height, "mask_image", to_mask), dtype=np.uint8)
     return torch.from_numpy((array > 127).astype(np.float32))[None]
@@ -38,12 +38,12 @@ def to_mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 def resized(
     image: Image.Image, width: int, height: int, name: str, convert: Callable[[Image.Image], Image.Image] = to_rgb
 ) -> Image.Image:
-    """Return an image as `convert` makes it, resized by Lanczos. Raises: InvalidSetting, as `to_pixels`."""
+    """Return an image converted by `convert` and resized by Lanczos. Raises: InvalidSetting, like `to_pixels`."""
     return converted(image, name, convert).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def converted(image: Image.Image, name: str, convert: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
-    """Return an image as `convert` makes it. Raises: InvalidSetting, as `to_pixels`."""
+    """Return an image converted by `convert`. Raises: InvalidSetting, like `to_pixels`."""
     if not isinstance(image, Image.Image):
         raise InvalidSetting(f"{name} is a {type(image).__name__}: must be a PIL image", field=name)
     if not all(image.size):
@@ -52,22 +52,22 @@ def converted(image: Image.Image, name: str, convert: Callable[[Image.Image], Im
         return convert(image)
     except RowError as error:
         raise InvalidSetting(f"{name} {error}", field=name) from error
-    except (OSError, ValueError) as error:  # of a file that Pillow reads only now: it ends too soon, or is closed
+    except (OSError, ValueError) as error:  # Pillow reads the file only now: it is cut short or closed
         raise InvalidSetting(f"{name} cannot be read: {one_line(error)}", field=name) from error
 
 
 def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor, dtype: torch.dtype) -> Any:
-    """Return pixels as a call asks for them: a tensor for `pt`, else a list of arrays or PIL images.
+    """Return pixels in the output type of a call: a tensor for `pt`, else a list of arrays or PIL images.
 
-    decoded: the same before anything was pasted into them; dtype: of the model that made them, for the message. Raises:
-    RowError if `decoded` holds NaN or infinity, which uint8 would turn into black.
+    decoded: the pixels before the input image was pasted back; dtype: of the model, for the message. Raises: RowError
+    if `decoded` holds NaN or infinity, which uint8 would turn into black.
     """
     is_finite = torch.isfinite(decoded).all()
     if output_type == "pt":
         images = pixels.float().clamp(-1.0, 1.0)
     else:
         images = to_uint8(pixels).to("cpu", non_blocking=pixels.is_cuda)
-    # Here the host waits for a GPU, once: what came before has arrived then, too.
+    # The host waits for the GPU here, only once: all earlier work has then finished, too.
     if not is_finite:
         instead = "use bfloat16 or float32" if dtype == torch.float16 else "lower its guidance or the scales of LoRAs"
         raise RowError(f"the model overflowed in {str(dtype).removeprefix('torch.')}: {instead}")
@@ -80,7 +80,7 @@ def as_output(pixels: Tensor, output_type: OutputType, decoded: Tensor, dtype: t
 def to_uint8(pixels: Tensor) -> Tensor:
     """Return pixels as uint8: (b, 3, height, width) in [-1, 1] -> (b, height, width, 3), rounded half to even.
 
-    Clamped in the dtype of the pixels, then rounded in fp32, as diffusers does; BFL and DiffSynth truncate.
+    They are clamped in their dtype and rounded in fp32, as in diffusers; BFL and DiffSynth truncate.
     """
     unit = (pixels * 0.5 + 0.5).clamp(0.0, 1.0).float()
     return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)

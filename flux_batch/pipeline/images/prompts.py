@@ -1,4 +1,4 @@
-"""The reader of the image prompts of a call: a FLUX.1-Redux or an IP-Adapter, or neither."""
+"""The models that read the image prompts of a call: a FLUX.1-Redux, IP-Adapters, or neither."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from flux_batch.pipeline.images.inputs import ImageInputs, as_images, image_inpu
 from flux_batch.pipeline.images.ip_adapter import IPAdapterPrompts, ip_adapter_prompts, load_ip_adapter_prompts
 from flux_batch.pipeline.images.redux import ReduxPrompts, load_redux_prompts, redux_prompts
 
-# The guidance of BFL's own program: black-forest-labs/flux 802fb47, src/flux/cli_redux.py.
+# The guidance in BFL's code: black-forest-labs/flux 802fb47, src/flux/cli_redux.py.
 REDUX_GUIDANCE = 2.5
-# The vision tower of each reader.
+# Model -> its vision tower.
 _TOWERS: dict[PromptPart, PromptPart] = {"redux": "siglip", "ip_adapter": "clip_vision"}
 
 
-# The strength of IP-Adapters: of all, of each double block of the only one, or an entry of either kind for each.
+# The strength of IP-Adapters: a number for all, a list for the double blocks of a single one, or an entry for each.
 AdapterScale: TypeAlias = float | Sequence[float | Sequence[float]]
 
 
 class ImagePrompts:
-    """The reader of a pipeline's image prompts, loaded for a transformer of these parameters.
+    """The models that read a pipeline's image prompts, for a transformer with these parameters.
 
-    dtype, device: of the transformer; storage_options: of the addresses to load from.
+    dtype, device: of the transformer; storage_options: for the addresses to load from.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class ImagePrompts:
         scale: AdapterScale,
         subfolder: str | None = None,
     ) -> None:
-        """Load IP-Adapters. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting beside a Redux.
+        """Load IP-Adapters. Raises: the errors of `load_ip_adapter_prompts`; InvalidSetting if a Redux is loaded.
 
-        subfolder: of the image encoder.
+        subfolder: the folder of the image encoder in its repository.
         """
         _check_one_reader(self.redux)
         image_encoder = image_encoder and _file_in(image_encoder, subfolder)
@@ -69,10 +69,10 @@ class ImagePrompts:
         self.ip_adapters = adapters
 
     def load_found(self, found: Mapping[PromptPart, Sequence[Checkpoint]]) -> None:
-        """Load the readers among the files of a ModelManager, with their vision towers.
+        """Load the Redux or IP-Adapters among the files of a ModelManager, with their vision towers.
 
-        A tower that is not among them is in the folder beside its reader. Raises: CheckpointError, also for a tower
-        that nothing reads, or for two files where one is read; InvalidSetting for two readers.
+        A tower that is not among the files is read from the folder beside its model. Raises: CheckpointError, also for
+        a tower without its model, or for two files where only one is used; InvalidSetting for both kinds of model.
         """
         for part, files in found.items():
             if part != "ip_adapter" and len(files) > 1:
@@ -95,7 +95,7 @@ class ImagePrompts:
             self.ip_adapters = ip_adapter_prompts(list(zip(adapters, towers, strict=True)), **self._base)
 
     def set_scale(self, scale: AdapterScale) -> None:
-        """Set the strength of the IP-Adapters. Raises: InvalidSetting, also if there is none."""
+        """Set the strength of the IP-Adapters. Raises: InvalidSetting, also without an IP-Adapter."""
         if not self.ip_adapters:
             raise InvalidSetting("scale: there is no IP-Adapter; load_ip_adapter loads one", field="scale")
         _set_scales(self.ip_adapters, scale)
@@ -108,7 +108,7 @@ class ImagePrompts:
         return shared_by_all(images, len(self.ip_adapters)) if self.ip_adapters else images
 
     def check(self, images: ImageInputs) -> None:
-        """Raise InvalidSetting for image prompts, or embeddings of them, that are not what is read."""
+        """Raise InvalidSetting for image prompts, or embeddings of them, that the loaded models cannot read."""
         if images.image_prompt and not (self.redux or self.ip_adapters):
             raise InvalidSetting(
                 "image_prompt: FLUX.1 reads none by itself: load a FLUX.1-Redux or an IP-Adapter beside it, "
@@ -138,13 +138,13 @@ class ImagePrompts:
                 )
 
     def beside(self, texts: PromptEmbeds, images: ImageInputs) -> PromptEmbeds:
-        """Return the embeddings of a call's texts, with the tokens of a Redux behind them."""
+        """Return the embeddings of a call's texts, followed by a Redux's tokens, if any."""
         if self.redux is None or not images.image_prompt:
             return texts
         return self.redux.beside(texts, images.image_prompt, images.prompt_scales)
 
     def attended(self, images: ImageInputs, *, is_negative: bool = False) -> ImagePrompt | None:
-        """Return what IP-Adapters make of image prompts, beside prompts or negative prompts."""
+        """Return the keys and values of IP-Adapters for the positive or the negative pass."""
         if not self.ip_adapters or (images.image_prompt is None and images.image_prompt_embeds is None):
             return None
         found = []
@@ -169,7 +169,7 @@ class ImagePrompts:
     def _embeds(
         self, images: ImageInputs, place: int, adapter: IPAdapterPrompts
     ) -> tuple[Tensor, Sequence[Sequence[float]]]:
-        """Return the embeddings that an IP-Adapter reads, (b, k, e), and their scales."""
+        """Return the embeddings (b, k, e) for an IP-Adapter, and their scales."""
         if images.image_prompt_embeds is not None:
             embeds = images.image_prompt_embeds[place].to(self._base["device"], self._base["dtype"])
             return embeds, [[1.0] * embeds.shape[1]] * len(embeds)
@@ -185,7 +185,7 @@ def adapter_files(
     weight_name: str | Sequence[str] | None,
     subfolder: str | Sequence[str] | None = None,
 ) -> list[PathOrFolder]:
-    """Return the files of IP-Adapters, named as diffusers does. Raises: InvalidSetting for other numbers of names."""
+    """Return the files of IP-Adapters from diffusers' arguments. Raises: InvalidSetting if their numbers differ."""
     if not isinstance(uri, (str, PathLike, list, tuple)):
         raise InvalidSetting(f"uri = {uri!r}: must be a path or an address, or a list of them", field="uri")
     lists: dict[str, list[Any]] = {
@@ -202,7 +202,7 @@ def adapter_files(
 
 
 def _file_in(folder: PathOrFolder, *names: Any) -> PathOrFolder:
-    """Return the path or address of a file in a folder; empty names are left out."""
+    """Return the path or address of a file in a folder; empty names are skipped."""
     parts = [str(name).strip("/") for name in names if name]
     return "/".join((str(folder).rstrip("/"), *parts)) if parts else folder
 
@@ -217,12 +217,12 @@ def _set_scales(adapters: Sequence[IPAdapterPrompts], scale: AdapterScale) -> No
             f"scale: {len(entries)} values for {len(adapters)} IP-Adapters; give one for each", field="scale"
         )
     checked = [adapter.block_scales(own) for adapter, own in zip(adapters, entries, strict=True)]
-    for adapter, scales in zip(adapters, checked, strict=True):  # all of them, or none
+    for adapter, scales in zip(adapters, checked, strict=True):  # after all were checked
         adapter.set_scale(scales)
 
 
 def _check_images_of_several(prompts: Sequence[Sequence[Any]], count: int) -> None:
-    """Raise InvalidSetting unless each of several IP-Adapters has its images."""
+    """Raise InvalidSetting unless there are images for each of several IP-Adapters."""
     for images in prompts:
         if len(images) != count:
             raise InvalidSetting(
@@ -241,7 +241,7 @@ def _check_images_of_several(prompts: Sequence[Sequence[Any]], count: int) -> No
 def _tower(
     found: Sequence[Checkpoint] | None, reader: Checkpoint, files: Callable[[Path], tuple[Path, Path]]
 ) -> Checkpoint:
-    """Return the vision tower of a reader: the one that was found, or that in the folder beside it."""
+    """Return the vision tower of a model: the one that was found, else the one in the folder beside it."""
     with checkpoint_errors():
         return found[-1] if found else open_checkpoint(files(Path(reader.source))[1])
 

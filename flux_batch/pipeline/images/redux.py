@@ -1,6 +1,6 @@
-"""Images as prompts of FLUX.1-Redux: each becomes tokens behind those of the text.
+"""Image prompts of FLUX.1-Redux: each becomes tokens after those of the text.
 
-Letters: b batch, p images of one call's image, n patches of an image, c width of the text tokens.
+Letters: b batch, p image prompts of an image to make, n patches of an image prompt, c width of the text tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from flux_batch.sampling_params import check_number
 
 
 class ReduxPrompts:
-    """The Redux of a pipeline with its vision tower; remembers the tokens of the last images."""
+    """The Redux of a pipeline with its vision tower, and a cache of image tokens."""
 
     def __init__(self, encoder: SiglipEncoder, redux: Redux, scale: float = 1.0) -> None:
-        """Take both parts; scale: the weight of every image, beside its own."""
+        """Keep both parts. scale: a factor of every image's weight."""
         self.encoder = encoder
         self.redux = redux
         self._scale = scale
@@ -40,10 +40,10 @@ class ReduxPrompts:
     def beside(
         self, texts: PromptEmbeds, images: Sequence[Sequence[Image.Image]], scales: Sequence[Sequence[float]]
     ) -> PromptEmbeds:
-        """Return the embeddings of texts with the tokens of their images behind them: (b, l + p n, c).
+        """Return the embeddings of texts, followed by the tokens of their images: (b, l + p n, c).
 
-        images: as many for each text; their tokens follow one another, each multiplied by its scale, as in ComfyUI,
-        where diffusers adds the tokens of several images up.
+        images: p for each text. Their tokens are multiplied by the image's scale and concatenated, as in ComfyUI;
+        diffusers sums the tokens of several images instead.
         """
         tokens = []
         for place in range(len(images[0])):
@@ -64,7 +64,7 @@ def load_redux_prompts(
     device: torch.device,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ReduxPrompts:
-    """Load a Redux with its vision tower, for a transformer of these parameters.
+    """Load a Redux with its vision tower, for a transformer with these parameters.
 
     Raises: CheckpointError for files that are missing or do not fit; StoreError; InvalidSetting for the scale.
     """
@@ -85,7 +85,7 @@ def redux_prompts(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ReduxPrompts:
-    """Build a Redux with its vision tower of their files. Raises: the errors of `load_redux_prompts`."""
+    """Build a Redux with its vision tower from their files. Raises: the errors of `load_redux_prompts`."""
     check_number("scale", scale)
     with checkpoint_errors(), device_errors():
         redux = load_redux(checkpoint, dtype=dtype, device=device)
@@ -100,9 +100,9 @@ def redux_prompts(
 
 
 def siglip_pixels(image: Image.Image, side: int) -> Tensor:
-    """Return an image as the vision tower reads it: fp32 (3, side, side) in [-1, 1], whatever its proportions.
+    """Return an image as the vision tower reads it: fp32 (3, side, side) in [-1, 1], ignoring its proportions.
 
-    Resized by Pillow's bicubic filter, as SigLIP's own preprocessing. Raises: InvalidSetting.
+    It is resized by Pillow's bicubic filter, as in SigLIP's own preprocessing. Raises: InvalidSetting.
     """
     square = converted(image, "image_prompt").resize((side, side), Image.Resampling.BICUBIC)
     array = np.asarray(square, dtype=np.float32) / 255.0

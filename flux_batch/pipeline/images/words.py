@@ -1,4 +1,4 @@
-"""The image arguments of a call, as a pipeline reads the words of diffusers."""
+"""The translation of diffusers' image arguments into those of this pipeline."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def as_read(
     controlnets: ControlNets,
     prompts: ImagePrompts,
 ) -> dict[str, Any]:
-    """Return the image arguments of a call, those in other words too.
+    """Return the image arguments of a call, including those with diffusers' names.
 
-    given: the arguments under our names. named: those that the call has as `aliases`, under our names; those of images
-    are taken out of it. Raises: InvalidSetting for a reference image that is given twice.
+    given: the arguments under our names. named: the values of `aliases` under our names; image arguments are removed
+    from it. Raises: InvalidSetting for a reference image that is given twice.
     """
     given = given | {name: named.pop(name) for name in given if name in named}
     # The Kontext pipelines of diffusers call a reference image `image`.
@@ -32,7 +32,7 @@ def as_read(
             if given["reference_image"] is not None and given["reference_image"] is not image:
                 raise InvalidSetting("image: reference_image is given twice, leave one of them out", field="image")
             given |= {"input_image": None, "reference_image": image}
-        elif given["reference_image"] is None:  # what is repainted is edited, too
+        elif given["reference_image"] is None:  # the image to repaint is also the reference
             given["reference_image"] = image
     if aliases.get("ip_adapter_image") is not None:
         given["image_prompt"] = prompts.as_diffusers(given["image_prompt"])

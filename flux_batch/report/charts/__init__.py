@@ -1,1 +1,1 @@
-"""The report page of a run: what it made, when, where the time went, and what went wrong."""
+"""The report page of a run: images, speed, time by stage, workers and failures."""

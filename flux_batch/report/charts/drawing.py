@@ -1,4 +1,4 @@
-"""Figures as shapes to draw: bars, bins, a line and lanes, in a box of WIDTH by a height; knows no HTML."""
+"""Figures as shapes to draw: bars, histograms and lanes, in a box of WIDTH by a height."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUM_BUCKETS, _NUM_BINS = 60, 40
 
 @dataclass(frozen=True, slots=True)
 class _Bar:
-    """A bar with its name, its value in words, and its share of the longest."""
+    """A bar: its name, its value as text, and its share of the longest."""
 
     name: str
     words: str
@@ -27,7 +27,7 @@ class _Bar:
 
 @dataclass(frozen=True, slots=True)
 class _Box:
-    """A rectangle across the width, with a sentence about it; `height` is a share of the highest."""
+    """A rectangle in a plot, with a sentence about it; `height` is a share of the highest."""
 
     left: float
     width: float
@@ -38,7 +38,7 @@ class _Box:
 
 @dataclass(frozen=True, slots=True)
 class _Plot:
-    """Boxes over an axis: words at its start, its end and its top."""
+    """Boxes over an axis, with labels at its start, its end and its top."""
 
     boxes: Sequence[_Box]
     start: str
@@ -56,7 +56,7 @@ class _Lane:
 
 
 def bars(values: Mapping[str, float], unit: str = "") -> list[_Bar]:
-    """Return the largest values as bars, and the others as one."""
+    """Return the largest values as bars, and all others as one bar."""
     ordered = Counter(values).most_common()
     shown = ordered[:_MAX_BARS]
     if len(ordered) > len(shown):
@@ -68,9 +68,9 @@ def bars(values: Mapping[str, float], unit: str = "") -> list[_Bar]:
 
 
 def histogram(values: Sequence[float]) -> _Plot:
-    """Return how often finite values lie in ranges of one width."""
+    """Return a histogram of finite values, in bins of equal width."""
     low, high = min(values), max(values)
-    half = high / 2 - low / 2 or _NUM_BINS / 2  # of the range, which may be more than a float holds
+    half = high / 2 - low / 2 or _NUM_BINS / 2  # half the range, since the full range may overflow
     counts = Counter(min(_NUM_BINS - 1, int((value / 2 - low / 2) / half * _NUM_BINS)) for value in values)
     highest, width = max(counts.values()), WIDTH / _NUM_BINS
     digits = _digits(max(-low, high), 2 * (half / _NUM_BINS))
@@ -83,12 +83,12 @@ def histogram(values: Sequence[float]) -> _Plot:
 
 
 def _digits(largest: float, step: float) -> int:
-    """Return the significant digits that tell numbers apart which lie a step apart; a float has 17."""
+    """Return the number of significant digits that distinguish numbers a step apart; a float has 17."""
     return min(17, max(6, 2 + math.floor(math.log10(largest / step)))) if largest > step else 6
 
 
 def throughput(shards: Sequence[ShardTime]) -> _Plot:
-    """Return the images a second over time; those of a shard are spread over the time of its work."""
+    """Return the images per second over time. A shard's images are spread over its working time."""
     first, last = _span(shards)
     step = (last - first) / _NUM_BUCKETS
     made = [0.0] * _NUM_BUCKETS
@@ -110,7 +110,7 @@ def throughput(shards: Sequence[ShardTime]) -> _Plot:
 
 
 def lanes(shards: Sequence[ShardTime]) -> list[_Lane]:
-    """Return the workers over time, in the order in which they began."""
+    """Return the workers over time, in the order of their start."""
     first, last = _span(shards)
     by_worker: dict[str, list[ShardTime]] = {}
     for each in sorted(shards, key=lambda each: each.started):
@@ -135,7 +135,7 @@ def _lane(worker: str, shards: Sequence[ShardTime], first: float, scale: float) 
 
 
 def _without_hidden(shards: Sequence[ShardTime], pixel_s: float) -> list[ShardTime]:
-    """Return the shards that are not hidden by another, and all that were made again."""
+    """Return the shards that no other one hides in the drawing, and all repeated attempts."""
     drawn: list[ShardTime] = []
     for each in shards:
         if not drawn or each.attempt > 1 or each.started - drawn[-1].started >= pixel_s:

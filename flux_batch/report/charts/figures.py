@@ -24,16 +24,16 @@ from flux_batch.report.saved_run import SavedRun, read_json
 from flux_batch.storage.store import Store
 
 _READERS = 8
-# Shards whose metadata is read, evenly spread over the run: for shares and shapes, not for sums.
+# The number of shards whose metadata is read, evenly spread over the run: enough for shares, not for sums.
 _MAX_SHARDS_READ = 400
 _MAX_FAILED = 100
-# Columns of the metadata that are numbers, but measure nothing.
+# Numeric columns of the metadata that are not measurements.
 _NO_MEASURE = {"seed", "image_index", "width", "height", "num_inference_steps", "step_cache"}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTime:
-    """The work on a shard that is committed: by whom, when (unix time, 0 if it was not recorded), at which attempt."""
+    """The work on a committed shard: worker, times (unix, 0 if not recorded) and attempt."""
 
     shard: int
     worker: str
@@ -47,7 +47,7 @@ class ShardTime:
 
 @dataclass(kw_only=True, slots=True)
 class Figures:
-    """The figures of a run; `sizes`, `steps` and `measures` are of the images in `num_rows_read` rows."""
+    """The figures of a run; `sizes`, `steps` and `measures` cover only `num_rows_read` rows."""
 
     name: str
     num_shards: int
@@ -66,11 +66,11 @@ class Figures:
 
     @property
     def num_images(self) -> int:
-        """The number of images that were made."""
+        """The number of successful images."""
         return sum(each.num_images - each.num_failed for each in self.shards)
 
     def add(self, commit: Commit) -> None:
-        """Add the figures of a commit, and not the commit: it may name hundreds of files."""
+        """Add the figures of a commit. The commit is not kept, since it may name hundreds of files."""
         self.shards.append(
             ShardTime(
                 commit.shard,
@@ -89,7 +89,7 @@ class Figures:
         self.failures.update(commit.failures)
 
     def add_row(self, row: Row) -> None:
-        """Add what is known of an image."""
+        """Add the figures of an image from its row."""
         self.num_rows_read += 1
         self.sizes[f"{row.get('width')} x {row.get('height')}"] += 1
         self.steps[str(row.get("num_inference_steps"))] += 1
@@ -100,7 +100,7 @@ class Figures:
 
 
 def read_figures(store: Store) -> Figures:
-    """Read the figures of a run. Raises: JobError if there is none, StoreError."""
+    """Read the figures of a run. Raises: JobError if there is no run, StoreError."""
     run = SavedRun.open(store)
     done = sorted(run.commits.done())
     figures = Figures(

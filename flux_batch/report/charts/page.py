@@ -1,4 +1,4 @@
-"""The report page of a run: one HTML file with its plots as SVG, no script, nothing fetched from anywhere."""
+"""The report page of a run: one HTML file with plots as SVG, without scripts and without external resources."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _render(figures: Figures) -> str:
 
 
 def _facts(figures: Figures) -> list[tuple[str, Any]]:
-    """Return what stands above the plots: names and values."""
+    """Return the facts above the plots: names and values."""
     times = [each for each in figures.shards if each.started]
     took_s = max(each.finished for each in times) - min(each.started for each in times) if times else 0.0
     num_failed = sum(each.num_failed for each in figures.shards)
@@ -67,6 +67,6 @@ def _facts(figures: Figures) -> list[tuple[str, Any]]:
 
 
 def _model(settings: Mapping[str, Any]) -> str:
-    """Return the address of the model, and those of its settings that say something."""
+    """Return the address of the model, and its settings that are not defaults."""
     said = {name: value for name, value in settings.items() if value and value not in ("auto", "none")}
     return ", ".join([str(said.pop("uri", "")), *(f"{name} {value}" for name, value in said.items())])

@@ -1,8 +1,8 @@
 """The data of a gallery in chunks, which its page loads as scripts: rows by columns, and thumbnails.
 
-A page that is opened from a disk may run scripts that lie beside it, but not read files: each chunk is one call of a
-function of the page (viewer.js), whose argument is JSON. Chunks are named after what is in them, so that writing a
-gallery again makes only the thumbnails that are missing.
+A page that is opened from a disk can run scripts beside it, but cannot read files. So each chunk is a call of a
+function of the page (viewer.js) with JSON as its argument. The name of a chunk depends on its content, so that writing
+a gallery again makes only the missing thumbnails.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from flux_batch.report.gallery.rows import GalleryRow, Row, annotators, read_ann
 from flux_batch.report.saved_run import SavedRun
 from flux_batch.storage.store import Store
 
-# Some 3 MB of rows, which a browser reads in a tenth of a second.
+# About 3 MB of rows, which a browser reads in a tenth of a second.
 ROWS_PER_CHUNK = 10_000
-# Some 300 kB of thumbnails: sorted by a column, each image on the screen is in a chunk of its own.
+# About 300 kB of thumbnails, a small chunk, since images sorted by a column are each in another chunk.
 IMAGES_PER_CHUNK = 16
-# Thumbnails of a shard that are in memory at once, and read in one walk through its file.
+# The number of a shard's thumbnails that are in memory at once, and are read in one pass over its file.
 IMAGES_AT_ONCE = 32 * IMAGES_PER_CHUNK
-# Shards that are read at once; each holds one image at a time, of Parquet a row group.
+# The number of shards to read at once; each has one image in memory, or of Parquet a row group.
 _SHARDS_AT_ONCE = min(16, max(4, os.cpu_count() or 1))
 _MAX_PROMPT = 2000
 _MAX_VALUE = 300
-# Names those of the same images that are made in another way: to be raised with a change of size or quality.
+# The version in the names of thumbnails: raise it when their size or quality changes.
 _THUMBNAILS = 1
-# What the page need not know of an image.
+# Columns that the page does not need.
 _NOT_SHOWN = {"sha256", "file_name", *SOURCE_COLUMNS}
 _LARGEST_EXACT = 2**53
 _TEXT_OR_INFINITY = re.compile(r'"(?:[^"\\]|\\.)*"|Infinity')
 
-# The rows of a shard that are shown: its number and its metadata -> some of it, in order.
+# A function that chooses the rows to show: (shard, its metadata rows) -> some of them, in order.
 Choose: TypeAlias = Callable[[int, Sequence[Row]], Iterable[Row]]
 
 T = TypeVar("T")
@@ -56,7 +56,10 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class _ShownRow:
-    """A row of the page, and where its thumbnail is: its chunk, empty without one, and the place in it."""
+    """A row of the page, with the chunk of its thumbnail and its index there.
+
+    The chunk is "" without a thumbnail.
+    """
 
     row: Row
     chunk: str = ""
@@ -65,7 +68,7 @@ class _ShownRow:
 
 @dataclass(slots=True)
 class WrittenChunks:
-    """The keys of the chunks of rows, in order, and of thumbnails; the numbers of rows, and of images among them."""
+    """The keys of the chunks of rows, in order, and of thumbnails; the numbers of rows and images."""
 
     rows: list[str] = field(default_factory=list)
     thumbnails: set[str] = field(default_factory=set)
@@ -74,13 +77,13 @@ class WrittenChunks:
 
     @property
     def keys(self) -> set[str]:
-        """The keys of all."""
+        """The keys of all chunks."""
         return {*self.rows, *self.thumbnails}
 
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """The writer of one run's chunks into `folder` of a store, perhaps another one."""
+    """The writer of a run's chunks into `folder` of its store or another run's."""
 
     run: SavedRun
     store: Store
@@ -120,7 +123,7 @@ class ChunkWriter:
             yield replace(outcome, row={**outcome.row, **said.get(row["key"], {})})
 
     def _thumbnails(self, shard: str, first: int, rows: Sequence[Row], there: set[str]) -> dict[str, _ShownRow]:
-        """Write the thumbnails of images unless they are there. Returns: the rows by key."""
+        """Write the thumbnails of images unless they exist. Returns: the rows by key."""
         starts = range(0, len(rows), IMAGES_PER_CHUNK)
         chunks = {
             f"{shard}/{(first + start) // IMAGES_PER_CHUNK}-{_digest_of(some)}": some
@@ -138,7 +141,7 @@ class ChunkWriter:
         for name, some in chunks.items():
             problems = {row["key"]: images[row["key"]].problem for row in some} if name in missing else {}
             if any(problems.values()):
-                name += "-some"  # the next gallery tries again
+                name += "-some"  # another name, so that the next gallery tries again
             readable = [row for row in some if not problems.get(row["key"])]
             shown |= {row["key"]: _ShownRow(row, name, place) for place, row in enumerate(readable)}
             for key, problem in problems.items():
@@ -151,7 +154,7 @@ class ChunkWriter:
         return shown
 
     def _write_rows(self, rows: Sequence[_ShownRow], number: int) -> str:
-        """Write a chunk of rows. Its JSON is a text in the script, which browsers read faster than an expression."""
+        """Write a chunk of rows. Its JSON is a string in the script, which browsers parse faster than an expression."""
         text = _finite_json(json.dumps(_pack_rows(rows), separators=(",", ":")))
         escaped = text.replace("\\", "\\\\").replace("'", "\\'")
         data = f"gallery.rows('{escaped}');\n".encode()
@@ -164,7 +167,7 @@ class ChunkWriter:
 
 
 def write_file(store: Store, key: str, data: bytes) -> None:
-    """Write through a local file of the same name: a bucket takes the content type for browsers from its ending."""
+    """Write data through a local file of the same name: buckets derive the content type from its suffix."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, key.rpartition("/")[2])
         path.write_bytes(data)
@@ -174,7 +177,7 @@ def write_file(store: Store, key: str, data: bytes) -> None:
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], _Result], items: Iterable[T], ahead: int = 2 * _SHARDS_AT_ONCE
 ) -> Iterator[_Result]:
-    """Yield the results of items in their order; a few of them are ahead, not all as in `pool.map`."""
+    """Yield the results of items in order. Only a few are computed ahead, not all as in `pool.map`."""
     waiting: deque[Future[_Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -201,9 +204,9 @@ def _unreadable(row: Row, problem: str) -> Row:
 
 
 def _pack_rows(rows: Sequence[_ShownRow]) -> dict[str, Any]:
-    """Return rows by columns: JSON in which the same value does not stand twice, where that pays."""
+    """Return rows by columns for JSON. Repeated values are coded if that is shorter."""
     names = dict.fromkeys(name for each in rows for name in each.row if name not in _NOT_SHOWN)
-    thumbnails: dict[str, list[tuple[int, int]]] = {}  # number of the row and place in the chunk
+    thumbnails: dict[str, list[tuple[int, int]]] = {}  # index of the row and index in the chunk
     for number, each in enumerate(rows):
         if each.chunk:
             thumbnails.setdefault(each.chunk, []).append((number, each.place))
@@ -214,7 +217,7 @@ def _pack_rows(rows: Sequence[_ShownRow]) -> dict[str, Any]:
 def _finite_json(text: str) -> str:
     """Return Python's JSON with infinite numbers as 1e999.
 
-    It is a number of JSON, and JavaScript reads it as infinite.
+    This is valid JSON, and JavaScript reads it as Infinity.
     """
     if "Infinity" not in text:
         return text
@@ -222,7 +225,7 @@ def _finite_json(text: str) -> str:
 
 
 def _pack(values: list[Any]) -> dict[str, Any]:
-    """Return a column: one value of all rows, a code for each, or the values as they are."""
+    """Return a column: one value for all rows, a code for each, or the plain values."""
     distinct: dict[tuple[type, Any], int] = {}
     codes = [distinct.setdefault((type(value), value), len(distinct)) for value in values]
     if len(distinct) == 1:
@@ -233,7 +236,7 @@ def _pack(values: list[Any]) -> dict[str, Any]:
 
 
 def _cell(name: str, value: Any) -> Any:
-    """Return a value for JSON: a number that JavaScript has exactly, a truth value, null or a text that is cut."""
+    """Return a value for JSON: a number that is exact in JavaScript, a boolean, null or a shortened text."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) <= _LARGEST_EXACT:

@@ -1,6 +1,6 @@
-"""The content of a gallery, read from the output of a run alone: a sample of its images, small, each with its row.
+"""The content of a gallery, read only from the output of a run: thumbnails of a sample of its images, and their rows.
 
-A missing or damaged image is a note on the page; a storage outage is an error.
+A missing or damaged image becomes a note on the page; a storage outage is an error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from flux_batch.report.saved_run import SavedRun
 from flux_batch.sampling_params import MAX_SIDE
 from flux_batch.storage.store import Store
 
-# The page holds its images, some 20 kB each: no browser should be asked to open more of them.
+# The page contains its images, about 20 kB each: more of them would be too much for a browser.
 _MAX_IMAGES = 2000
 MAX_FAILED = 200
-# Files read at once; each holds one image at a time.
+# The number of files to read at once; each has one image in memory.
 _FILES_AT_ONCE = 4
-# Twice the width of a card on the page, for screens with two pixels a point.
+# Twice the width of a card on the page, for high-density screens.
 _THUMBNAIL_SIDE = 384
 _THUMBNAIL = ImageConfig(type="webp", quality=85)
 _PILLOW_FORMATS = tuple(image_type.upper() for image_type in SUFFIXES)
@@ -47,7 +47,7 @@ _PILLOW_FORMATS = tuple(image_type.upper() for image_type in SUFFIXES)
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A small copy of an image: WebP, labelled as AI generated like its original; sides in pixels."""
+    """A small copy of an image as WebP, labelled as AI generated like its original; sides in pixels."""
 
     data: bytes
     width: int
@@ -56,7 +56,7 @@ class Thumbnail:
 
 @dataclass(frozen=True, slots=True)
 class GalleryImage:
-    """An image on the page: its row, and a thumbnail or the reason why there is none."""
+    """An image on the page: its row, and its thumbnail or the reason why it has none."""
 
     row: Row
     thumbnail: Thumbnail | None = None
@@ -65,7 +65,7 @@ class GalleryImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSize:
-    """The size of a run, and how far it is; `num_images` are those that were made."""
+    """The size and the progress of a run; `num_images` counts successful images."""
 
     name: str
     num_images: int
@@ -75,11 +75,11 @@ class RunSize:
     is_complete: bool
 
     def summary(self, num_shown: int) -> str:
-        """Return one line of plain text: the name of the run, how much of it is shown, and how far it is."""
+        """Return one line of plain text: the name of the run, the part that is shown, and the progress."""
         return f"{self.name}: {self.state(num_shown)}"
 
     def state(self, num_shown: int) -> str:
-        """Return in words how much of the run is shown, and how far it is."""
+        """Return the part of the run that is shown and its progress, as text."""
         some = "" if num_shown == self.num_images else f"{num_shown:,} of "
         state = "complete" if self.is_complete else f"{self.num_committed:,} of {self.num_shards:,} shards committed"
         images = "image" if self.num_images == 1 else "images"
@@ -88,7 +88,7 @@ class RunSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery(RunSize):
-    """The part of a run that is shown on a single page; `columns` None: those in which images differ."""
+    """The part of a run that is shown on a single page; `columns` None shows those in which images differ."""
 
     images: Sequence[GalleryImage]
     failed: Sequence[Row]
@@ -130,7 +130,7 @@ def read_gallery(store: Store, max_images: int, columns: Sequence[str] | None = 
 
 
 def by_file(rows: Iterable[GalleryRow]) -> list[list[GalleryRow]]:
-    """Group rows by the file of their image; the order stays."""
+    """Group rows by the file of their image, in the same order."""
     files: dict[str, list[GalleryRow]] = {}
     for each in rows:
         files.setdefault(str(each.row.get("file_name") or each.row["key"]), []).append(each)
@@ -138,7 +138,7 @@ def by_file(rows: Iterable[GalleryRow]) -> list[list[GalleryRow]]:
 
 
 def read_file(store: Store, output_format: OutputFormat, rows: Sequence[GalleryRow]) -> Iterator[GalleryImage]:
-    """Yield the images of rows that share one file; those that cannot be read have the reason instead."""
+    """Yield the images of rows that share one file; unreadable images have the reason instead."""
     file_name = str(rows[0].row.get("file_name") or "")
     readable = {str(each.row["key"]): each.row for each in rows if not each.problem}
     thumbnails: dict[str, Thumbnail | str] = {}
@@ -159,7 +159,7 @@ def read_file(store: Store, output_format: OutputFormat, rows: Sequence[GalleryR
         problem = f"{file_name} is missing"
     except StoreError:
         raise
-    except Exception as error:  # readers raise anything for a damaged file; the other files are shown
+    except Exception as error:  # readers raise anything for a damaged file; other files are still shown
         problem = f"{file_name} is damaged ({type(error).__name__})"
     for each in rows:
         result = thumbnails.get(str(each.row["key"]), each.problem or problem or f"it is not in {file_name}")
@@ -167,7 +167,7 @@ def read_file(store: Store, output_format: OutputFormat, rows: Sequence[GalleryR
 
 
 def _check_file_name(file_name: str) -> None:
-    """Raise ValueError unless a file lies where images do: rows are data, and may say anything."""
+    """Raise ValueError unless a file is in the folder of images: rows are not trusted."""
     if not is_within(file_name, TRAIN):
         raise ValueError(f"{file_name} does not lie in {TRAIN}")
 
@@ -182,8 +182,8 @@ def _thumbnail_or_problem(images: Sequence[bytes], row: Row) -> Thumbnail | str:
 def _make_thumbnail(images: Sequence[bytes], row: Row) -> Thumbnail:
     """Shrink a stored image to at most 384 pixels a side; a smaller one keeps its size.
 
-    images: its bytes, then those of its source images, which come to its left. Raises: ValueError with the reason why
-    it cannot be shown: other bytes than recorded, not an image, or too large.
+    images: its bytes, then those of its source images, which are drawn to its left. Raises: ValueError with the reason
+    if it cannot be shown: bytes other than recorded, not an image, or too large.
     """
     digests = [hashlib.sha256(data).hexdigest() for data in images]
     recorded = [row.get("sha256")] + ([row.get(SOURCE_COLUMNS[0])] if len(images) > 1 else [])
@@ -200,7 +200,7 @@ def _make_thumbnail(images: Sequence[bytes], row: Row) -> Thumbnail:
 
 
 def _shrunk(data: bytes) -> Image.Image:
-    """Return a stored image in RGB, of at most 384 pixels a side. Raises: ValueError."""
+    """Return a stored image in RGB, with sides of at most 384 pixels. Raises: ValueError."""
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if max(image.size) > MAX_SIDE:
@@ -209,11 +209,11 @@ def _shrunk(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except ValueError:
         raise
-    except Exception as error:  # decoders raise anything for damaged bytes; one image less is shown
+    except Exception as error:  # decoders raise anything for damaged bytes; only this image is not shown
         raise ValueError(f"it cannot be decoded ({type(error).__name__})") from error
 
 
 def check_columns(columns: Sequence[str] | None, known: Collection[str]) -> None:
-    """Raise JobError for a column that is not among those that are known; nothing is, of a run without images."""
+    """Raise JobError for an unknown column. A run without images has no known columns."""
     if unknown := [name for name in columns or () if known and name not in known]:
         raise JobError(f"--columns {unknown[0]}: no such column in the metadata; there are {', '.join(sorted(known))}")

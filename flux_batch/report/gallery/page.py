@@ -1,6 +1,6 @@
-"""The gallery in a single file: a page with its images inside, no script, nothing fetched from anywhere.
+"""The gallery in a single file: a page with its images inside, without scripts and without external resources.
 
-Jinja escapes every value of a row; the filters cut it to a length and take control characters out of it.
+Jinja escapes every value of a row; the filters limit its length and remove control characters.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from flux_batch.report.gallery.rows import Row
 from flux_batch.report.template import load_template
 
 _MAX_LENGTH = 300
-# Columns that are shown as facts of every image, by name, or not at all since they matter to the data set only.
+# Columns that are not in the list under an image: shown as facts, shown elsewhere, or relevant to the data set only.
 _FACTS = ("seed", "width", "height", "num_inference_steps", "embedded_guidance")
 _NAMES = ("key", "id", "prompt")
 _NOT_SHOWN = {"image_index", "status", "error_type", "error_message", "file_name", "sha256", "bytes"}
-# Columns that say something of an image if they are true.
+# Columns that are shown only if they are true.
 _TRUNCATED = {"clip_truncated", "t5_truncated"}
-# Control characters but for tabs and ends of lines, and halves of surrogate pairs.
+# Control characters except tabs and line ends, and lone surrogates.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-# An image in a file of its own can be opened from the page.
+# The name of an image in a file of its own, which the page can link.
 _SINGLE_IMAGE = re.compile(rf"{TRAIN}/[^/]+/[^/]+\.({'|'.join(SUFFIXES.values())})")
 
 
@@ -56,14 +56,14 @@ def _split_columns(rows: Sequence[Row], asked: Sequence[str] | None) -> tuple[li
 
 
 def _values_of(row: Row, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return names and values of some columns, without those that say nothing."""
+    """Return names and values of some columns, without empty ones."""
     empty = {name: (None, "", False) if name in _TRUNCATED else (None, "") for name in names}
     return [(name, row[name]) for name in names if row.get(name) not in empty[name]]
 
 
 def _facts(row: Row) -> list[str]:
-    """Return seed, size, steps and guidance in words, as far as a row has them."""
-    words = {  # no line breaks within one of them, but before a seed, which may be as wide as a card
+    """Return seed, size, steps and guidance as text, if a row has them."""
+    words = {  # without line breaks inside, except before a seed, which can be as wide as a card
         "seed {seed}": ("seed",),
         "{width}\u00a0x\u00a0{height}": ("width", "height"),
         "{num_inference_steps}\u00a0steps": ("num_inference_steps",),
@@ -74,7 +74,7 @@ def _facts(row: Row) -> list[str]:
 
 
 def _link(row: Row) -> str:
-    """Return the address of an image's own file from the root of the output; empty if it has none."""
+    """Return the address of an image's own file, relative to the output; "" if it has none."""
     file_name = str(row.get("file_name"))
     return quote(file_name) if _SINGLE_IMAGE.fullmatch(file_name) else ""
 

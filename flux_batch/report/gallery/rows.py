@@ -1,6 +1,6 @@
 """The rows of a run that a gallery shows: a sample spread evenly over all commits, and the first failures.
 
-Of a large run only the log of commits is read, and the metadata of the shards that have a row in the sample.
+Only the log of commits and the metadata of shards in the sample are read, however large the run is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ShardCounts:
-    """The number of images in a committed shard, and of its failed rows."""
+    """The numbers of images and of failed rows in a committed shard."""
 
     shard: int
     num_images: int
@@ -29,7 +29,7 @@ class ShardCounts:
 
 @dataclass(frozen=True, slots=True)
 class GalleryRow:
-    """The metadata row of an image to show; where it cannot be read, a row with a key alone and the problem."""
+    """The metadata row of an image to show; if it is unreadable, a row with only the key, and the problem."""
 
     row: Row
     problem: str = ""
@@ -49,7 +49,7 @@ def spread(total: int, most: int) -> list[int]:
 
 
 def sample(counts: Sequence[ShardCounts], most: int) -> dict[int, list[int]]:
-    """Choose at most `most` images at even distances. Returns: shard -> numbers of its images, counted from 0."""
+    """Choose at most `most` images at even distances. Returns: shard -> indices of its images."""
     chosen: dict[int, list[int]] = {}
     first = 0
     numbers = iter(spread(sum(each.num_images for each in counts), most))
@@ -63,7 +63,7 @@ def sample(counts: Sequence[ShardCounts], most: int) -> dict[int, list[int]]:
 
 
 def read_rows(commits: Commits, shard: int, numbers: Sequence[int]) -> list[GalleryRow]:
-    """Read the metadata rows of some images of a shard, by their numbers in it."""
+    """Read the metadata rows of some images of a shard, by their indices."""
     name = commits.run.shard_name(shard)
     rows, problem = read_table(commits, metadata_file(name))
     images = [row for row in rows if row.get("status") == "success"]
@@ -93,12 +93,12 @@ def read_table(commits: Commits, key: str) -> tuple[list[dict[str, Any]], str]:
         return [], f"{key} is missing"
     except StoreError:
         raise
-    except Exception as error:  # Arrow raises anything for bytes that are no table; a gallery shows the rest
+    except Exception as error:  # Arrow raises anything for damaged bytes; a gallery shows the rest
         return [], f"{key} is damaged ({type(error).__name__})"
 
 
 def read_annotations(commits: Commits, names: Sequence[str], shard: int) -> dict[str, dict[str, Any]]:
-    """Read what annotators said of the images of a shard. Returns: key -> `annotator.column` -> value."""
+    """Read the annotations of a shard. Returns: key -> `annotator.column` -> value."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         rows, _ = read_table(commits, f"{ANNOTATIONS}/{name}/{commits.run.shard_name(shard)}.parquet")
@@ -109,5 +109,5 @@ def read_annotations(commits: Commits, names: Sequence[str], shard: int) -> dict
 
 
 def annotators(commits: Commits) -> list[str]:
-    """Return the names of the annotators that were at a run."""
+    """Return the names of a run's annotations."""
     return sorted(name for name, size in commits.run.store.children(ANNOTATIONS).items() if size is None)

@@ -1,4 +1,4 @@
-"""The contact sheet of a gallery: some of its images with their prompts in one image, for a README."""
+"""The contact sheet of a gallery: one image that shows some of its images with their prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flux_batch.report.gallery.content import Gallery, GalleryImage
 from flux_batch.report.gallery.rows import spread
 
 MAX_IMAGES = 48
-# Pixels: the square box of an image, a line of text below it, the gap between two boxes, the height of the title.
+# In pixels: the square box of an image, a line of text below it (LABEL_LINES of them), the gap, the title's height.
 CELL, LINE, LABEL_LINES, GAP, TITLE = 200, 17, 4, 14, 44
 BACKGROUND, EMPTY = "#ffffff", "#e8eaed"
 _FONT_SIZE, _TITLE_SIZE = 13, 20
@@ -26,7 +26,7 @@ _JPEG = ImageConfig(type="jpeg", quality=90)
 
 
 def draw_sheet(gallery: Gallery) -> bytes:
-    """Draw the sheet as JPEG, labelled as AI generated; of many images, MAX_IMAGES at even distances."""
+    """Draw the sheet as JPEG, labelled as AI generated. It shows at most MAX_IMAGES, evenly spread."""
     images = [gallery.images[number] for number in spread(len(gallery.images), MAX_IMAGES)]
     columns = max(1, math.ceil(math.sqrt(len(images) * 4 / 3)))
     width = GAP + max(columns, 3) * (CELL + GAP)
@@ -61,7 +61,7 @@ def _draw_cell(canvas: Image.Image, draw: ImageDraw.ImageDraw, image: GalleryIma
 
 
 def _label(image: GalleryImage) -> list[str]:
-    """Return the words of the prompt, or the key where the font lacks most letters."""
+    """Return the words of the prompt, or the key if the font lacks most letters."""
     prompt = str(image.row.get("prompt") or "")[: 4 * CELL]
     text = "".join(_drawable(character) for character in prompt)
     if text.count("?") - prompt.count("?") > len(prompt) / 4 or not text.strip():
@@ -70,7 +70,7 @@ def _label(image: GalleryImage) -> list[str]:
 
 
 def fit_lines(words: Sequence[str], font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
-    """Break words into lines of at most `width` pixels; the last line ends in dots if words are left over."""
+    """Break words into lines of at most `width` pixels; dots end the last line if words are left out."""
     lines: list[str] = []
     left = list(words)
     while left and len(lines) < max_lines:
@@ -94,16 +94,16 @@ def _cut(line: str, font: ImageFont.FreeTypeFont, width: int, is_cut: bool) -> s
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that comes with Pillow, which needs no font on the machine."""
+    """Load the font of the package Pillow, so that the machine needs no font."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise TypeError("Pillow was built without FreeType")  # no wheel is
+        raise TypeError("Pillow was built without FreeType")  # Pillow's wheels have it
     return font
 
 
 @cache
 def _drawable(character: str) -> str:
-    """Return a character that the font can draw: the same, the same without its accent, or a question mark."""
+    """Return a character that the font can draw: itself, itself without accent, or a question mark."""
     if character.isspace():
         return " "
     for candidate in (character, unicodedata.normalize("NFKD", character)[0]):

@@ -1,10 +1,10 @@
 "use strict";
-// The gallery's page: holds all rows by columns, and of images only those near the screen. Values of rows are data from
-// anybody: they become text and never HTML. The chunks beside the page call gallery.rows and gallery.thumbnails.
+// The gallery's page. It holds all rows by columns, but only the images near the screen. Values of rows are not trusted:
+// they become text and never HTML. The chunks beside the page call gallery.rows and gallery.thumbnails.
 
 const $ = (id) => document.getElementById(id);
 const { runs, columns: shownColumns } = JSON.parse($("runs").textContent);
-const TEXT_HEIGHT = 112, GAP = 12, MAX_HEIGHT = 15e6; // browsers end a page at some 17 to 33 million pixels
+const TEXT_HEIGHT = 112, GAP = 12, MAX_HEIGHT = 15e6; // browsers limit a page to 17 to 33 million pixels
 const LOADING_AT_ONCE = 6, CHUNKS_IN_MEMORY = 300, MAX_CHOICES = 40;
 const READS = new Intl.NumberFormat("en");
 
@@ -14,8 +14,8 @@ class Run {
   constructor({ name, folder, num_rows, num_failed, original }) {
     Object.assign(this, { name, folder, original, numFailed: num_failed, size: num_rows, loaded: 0 });
     this.columns = new Map(); // name -> values
-    this.chunk = new Array(num_rows); // of the thumbnail, and its place there
-    this.place = new Uint8Array(num_rows);
+    this.chunk = new Array(num_rows); // the chunk of each row's thumbnail
+    this.place = new Uint8Array(num_rows); // its index in the chunk
     this.orders = new Map();
   }
 
@@ -40,7 +40,7 @@ class Run {
 
   isNumeric(name) { return this.columns.get(name).every((value) => value === null || typeof value === "number"); }
 
-  // The values of a column, most frequent first; null where there are too many to choose from.
+  // The values of a column, most frequent first; null if there are too many to choose from.
   choices(name) {
     const counts = new Map();
     for (const value of this.columns.get(name)) {
@@ -50,7 +50,7 @@ class Run {
     return [...counts].sort((a, b) => b[1] - a[1]);
   }
 
-  // The rows in the order of a column, those without a value last; kept, since it is asked for at every filter.
+  // The rows in the order of a column, those without a value last; cached, since every filter needs it.
   order(name, descending) {
     if (!this.orders.has(name)) this.orders.set(name, this.sorted(name));
     const { rows, numWithValue } = this.orders.get(name);
@@ -72,7 +72,7 @@ class Run {
     return { rows: sorted, numWithValue: some.length };
   }
 
-  // The place of every row by the row of the prompts that it was made of.
+  // The index of every row, by id and image index.
   get byIdentity() {
     if (!this.identities) {
       this.identities = new Map();
@@ -95,7 +95,7 @@ function plain(value) {
   return String(value ?? "");
 }
 
-// --- thumbnails: scripts, of which the last ones that are wanted come first -------------------------------------
+// --- thumbnails: loaded as scripts, the most recently requested first -------------------------------------------
 
 const thumbnails = {
   chunks: new Map(), // "folder/chunk" -> images in base64, "lost", or undefined while it loads; oldest first
@@ -108,7 +108,7 @@ const thumbnails = {
     },
   }),
 
-  // The address of an image, "" while it is not there yet, null if there is none.
+  // The address of an image: "" while it loads, null if there is none.
   of(which, row) {
     const chunk = which.chunk[row];
     const found = chunk && this.chunks.get(`${which.folder}/${chunk}`);
@@ -159,7 +159,7 @@ const marks = {
   of: new Map(), // key -> "keep" or "drop"
 
   read() {
-    try { this.of = new Map(JSON.parse(localStorage.getItem(this.name) ?? "[]")); } catch { /* no storage: not kept */ }
+    try { this.of = new Map(JSON.parse(localStorage.getItem(this.name) ?? "[]")); } catch { /* no storage: marks are not saved */ }
   },
 
   set(row, mark) {
@@ -237,7 +237,7 @@ const literal = (word) => new RegExp(word.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&")
 const grid = {
   list: $("cards"),
   cards: new Map(), // place in view.rows -> element
-  current: 0, // the place that keys act on
+  current: 0, // the place that the keyboard acts on
 
   reset() {
     for (const card of this.cards.values()) card.remove();
@@ -260,7 +260,7 @@ const grid = {
 
   get above() { return this.list.getBoundingClientRect().top + scrollY; },
 
-  // Of a page that would be too high, the scroll bar stands for more than it shows.
+  // If a page would be too high, one pixel of scrolling moves by more than one pixel.
   get stretch() {
     const over = (height) => Math.max(1, height - innerHeight);
     return this.fullHeight > MAX_HEIGHT ? over(this.fullHeight) / over(MAX_HEIGHT) : 1;
@@ -353,7 +353,7 @@ function fillCard(card, place) {
   if (parts.every((part) => part.isFinal)) card.dataset.filled = "yes";
 }
 
-// An image, or the reason why there is none; not final while its chunk loads.
+// An image, or the reason why there is none; replaced when its chunk has loaded.
 function imageOf(which, row, address = null) {
   const note = (text) => element("span", { className: "none", dir: "auto", textContent: text });
   if (row === undefined) return { element: note(`no such row in ${which.name}`), isFinal: true };
@@ -368,7 +368,7 @@ function imageOf(which, row, address = null) {
   return { element: image, isFinal: true };
 }
 
-// What stands under an image: the columns that were asked for, or seed and size, and what it is sorted by.
+// The text under an image: the requested columns, or seed and size, and the column of the sorting.
 function facts(row) {
   const named = (name) => `${name} ${plain(run.value(name, row))}`;
   const names = shownColumns ?? ["seed"];
@@ -426,7 +426,7 @@ const large = {
   },
 };
 
-// The address of an image's own file, where it has one.
+// The address of an image's own file, if it has one.
 function originalOf(which, row) {
   if (!which.original || which !== run || row === undefined) return null;
   const [shard] = (which.chunk[row] ?? "").split("/");
@@ -532,7 +532,7 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   if (isTyping) {
     if (event.key !== "Escape" || large.dialog.open) return;
-    event.preventDefault(); // a browser would empty the search
+    event.preventDefault(); // a browser would clear the search field
     grid.go(grid.current);
     return;
   }
@@ -590,7 +590,7 @@ window.gallery = {
   rows(text) {
     const which = document.currentScript.dataset.run === run.folder ? run : beside;
     which.add(JSON.parse(text));
-    if (which === run && !view.rows.length) view.update(); // the first rows are there to be seen while others load
+    if (which === run && !view.rows.length) view.update(); // show the first rows while others load
   },
   thumbnails(images) { thumbnails.chunks.set(document.currentScript.chunk, images); },
 };

@@ -18,7 +18,7 @@ from flux_batch.report.template import load_template
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownRun(RunSize):
-    """A run on the page: its size, the folder of its chunks, and the address of an image's own file, if it has one."""
+    """A run on the page: its size, the folder of its chunks, and the template of image addresses, if any."""
 
     folder: str
     chunks: WrittenChunks
@@ -42,7 +42,7 @@ def render_viewer(runs: Sequence[ShownRun], columns: Sequence[str] | None) -> st
 
 
 def _described(run: ShownRun) -> dict[str, Any]:
-    """Return what the script must know of a run."""
+    """Return the values of a run for the script."""
     return {
         "name": plain(run.name),
         "folder": run.folder,
@@ -57,5 +57,5 @@ def _source(name: str) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """Return the source expression of a text for a Content-Security-Policy."""
+    """Return the hash of a text as a source of a Content-Security-Policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -28,10 +28,10 @@ from flux_batch.storage.store import Store
 
 PAGE = f"{GALLERY}/index.html"
 SHEET = f"{GALLERY}/contact-sheet.jpg"
-# A browser has the rows of all of them in memory, some 500 MB for as many.
+# A browser has the rows of all images in memory, about 500 MB for this number.
 _MAX_IMAGES = 200_000
 _MAX_FAILED = 10_000
-# The folders of the chunks of the run, and of the run beside it.
+# The folders for the chunks of the run, and of the second run beside it.
 _RUN, _BESIDE = "run", "beside"
 
 
@@ -44,10 +44,10 @@ def write_gallery(
 ) -> ShownRun:
     """Write PAGE, the chunks beside it and SHEET into the output of a run; an earlier gallery is replaced.
 
-    columns: what stands under each image. beside: the output of another run, whose images of the same rows stand
-    beside those of this one. on_progress: is called with the number of shards that are done, and of all.
-    Returns: what is shown. Raises: JobError if there is no run, for a number out of range or a column that no image
-    has; StoreError.
+    columns: shown under each image. beside: the output of another run; its images of the same rows are shown beside
+    those of this run. on_progress: called with the numbers of finished shards and of all shards.
+    Returns: the run that is shown. Raises: JobError if there is no run, for a number out of range, or a column that no
+    image has; StoreError.
     """
     if not 1 <= max_images <= _MAX_IMAGES:
         raise JobError(f"--max-images {max_images}: must be from 1 to {_MAX_IMAGES}")
@@ -76,7 +76,8 @@ def write_single_file(
 ) -> Gallery:
     """Write PAGE as one file with its images inside, and SHEET; an earlier gallery is replaced.
 
-    further: returns columns to show with those of a row. Returns: what they show. Raises: as `write_gallery`.
+    further: a function that returns further columns of a row. Returns: the gallery that is shown. Raises: the errors of
+    `write_gallery`.
     """
     gallery = read_gallery(store, max_images, columns)
     if further:
@@ -89,19 +90,19 @@ def write_single_file(
 
 
 def format_gallery(store: Store, size: RunSize, num_shown: int) -> str:
-    """Return three lines for people: what is shown, and where the page and the sheet are."""
+    """Return three lines for people: the summary, and the addresses of the page and the sheet."""
     return f"{size.summary(num_shown)}\npage          {store.url(PAGE)}\ncontact sheet {store.url(SHEET)}"
 
 
 class _Chosen:
-    """The rows that are shown: images evenly spread over the run, and its first failures.
+    """The rows to show: images evenly spread over the run, and its first failures.
 
-    Remembers them, by id and number, for the run beside.
+    They are stored by id and index, to choose the same images of the second run.
     """
 
     def __init__(self, counts: Sequence[ShardCounts], max_images: int) -> None:
         self._numbers = sample(counts, max_images)
-        self._num_failed: dict[int, int] = {}  # to show, by shard
+        self._num_failed: dict[int, int] = {}  # failed rows to show, by shard
         left = _MAX_FAILED
         for each in counts:
             self._num_failed[each.shard] = min(left, each.num_failed)
@@ -110,7 +111,7 @@ class _Chosen:
 
     @property
     def shards(self) -> list[int]:
-        """The shards that have a row to show, in order."""
+        """The shards with rows to show, in order."""
         return [shard for shard, num_failed in self._num_failed.items() if num_failed or shard in self._numbers]
 
     def of_shard(self, shard: int, rows: Sequence[Row]) -> Iterable[Row]:
@@ -132,7 +133,7 @@ class _Chosen:
 
 
 class _Progress:
-    """A count of shards that are done."""
+    """A count of finished shards."""
 
     def __init__(self, total: int, on_progress: Callable[[int, int], None]) -> None:
         self._done, self._total, self._on_progress = 0, total, on_progress
@@ -143,7 +144,7 @@ class _Progress:
 
 
 def _known_columns(run: SavedRun, counts: Sequence[ShardCounts]) -> set[str]:
-    """Return the columns of the metadata and of the annotations, each by its first shard."""
+    """Return the columns of the metadata and of each annotation, read from its first shard."""
     rows, _ = read_table(run.commits, metadata_file(run.name(counts[0].shard)))
     known = {name for row in rows[:1] for name in row}
     for name in annotators(run.commits):
@@ -173,12 +174,12 @@ def _write_run(
 
 
 def _original(run: SavedRun) -> str:
-    """Return the address of an image's own file, a template of shard and key; empty without one."""
+    """Return the template of image addresses with shard and key; "" if images have no files of their own."""
     if run.config.output.format != "files":
         return ""
     return f"../../{run.output_format.file_name('{shard}', '{key}')}"
 
 
 def _remove_others(store: Store, keys: set[str]) -> None:
-    """Remove what an earlier gallery has left."""
+    """Remove the files of an earlier gallery that are not in `keys`."""
     store.delete_many([key for key in store.list(GALLERY) if key not in keys])

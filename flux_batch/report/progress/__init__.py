@@ -1,1 +1,1 @@
-"""The progress of a run: its figures at one moment, where they are shown, and the status read from an output."""
+"""The progress of a run: its current figures, their display, and the status read from an output."""

@@ -1,6 +1,6 @@
-"""The live display of a run on a terminal, from the first second on; elsewhere there is none.
+"""The live display of a run on a terminal, from the first second on.
 
-Imports rich where it is needed, so that a command without a display starts as quickly as before.
+rich is imported only for a display, so that commands without one start quickly.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NAME_WIDTH = 9
 
 
 class LiveDisplay:
-    """The figures of a run, drawn again several times a second; `show` takes new ones."""
+    """The display of a run's figures, drawn several times a second; `show` sets new figures."""
 
     def __init__(self, doing: str, price: float | None = None) -> None:
-        """Begin without figures; `doing` names what is done until there are some, `price` is that of a GPU hour."""
+        """Begin without figures. doing: the text to show until there are some; price: of a GPU hour."""
         self._started = time.monotonic()
         self._doing = doing
         self._price = price
@@ -33,11 +33,11 @@ class LiveDisplay:
         self._rows: Sequence[tuple[str, str]] | None = None
 
     def show(self, now: Snapshot, rows: Sequence[tuple[str, str]] | None = None) -> None:
-        """Replace the figures; `rows` stand below the bar instead of them."""
+        """Replace the figures. rows: shown below the bar in place of those of the figures."""
         self._now, self._rows = now, rows
 
     def __rich__(self) -> RenderableType:
-        """Return the display of this moment, for which rich asks."""
+        """Return the current display; rich calls this."""
         from rich.console import Group
         from rich.spinner import Spinner
 
@@ -73,7 +73,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> RenderableType:
 
 @contextmanager
 def live_display(doing: str, price: float | None = None) -> Iterator[LiveDisplay]:
-    """Draw a display on stderr while the block runs. Log lines stand above it; rich keeps to NO_COLOR and COLUMNS."""
+    """Draw a display on stderr while the block runs. Log lines appear above it; rich respects NO_COLOR and COLUMNS."""
     from rich.console import Console
     from rich.live import Live
 
@@ -89,5 +89,5 @@ def live_display(doing: str, price: float | None = None) -> Iterator[LiveDisplay
     try:
         yield display
     finally:
-        with suppress(OSError):  # of a terminal that was closed
+        with suppress(OSError):  # the terminal was closed
             live.stop()

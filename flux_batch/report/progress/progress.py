@@ -1,4 +1,4 @@
-"""The progress of a run while it runs: a line of the log and a small object beside the commits, at an interval."""
+"""The progress of a running run: at an interval, a log line and a small object beside the commits."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 _REPORT_INTERVAL_S = 10.0
-# The number of shards that failed for good whose reasons the report has; the log has those of all.
+# The number of finally failed shards whose reasons are in the report; the log has all of them.
 _MAX_ERRORS = 1000
-# Seconds that the thread of the figures may take to end: a report whose lease is being looked up ends by itself.
+# Seconds to wait for the thread of the figures to end: a report that is checking the lease ends by itself.
 _JOIN_S = 1.0
-# Seconds of a report that is on its way when the run is over.
+# Seconds to wait for a report that is being written when the run is over.
 _LAST_REPORT_S = 1.0
 
 
@@ -37,12 +37,12 @@ _LAST_REPORT_S = 1.0
 class Progress:
     """The progress of one invocation; `totals` starts with the shards committed before it.
 
-    `commit_log` is kept up to date too. num_left: the images of the shards that are left, as far as is known, and
-    expected: those of one of them. past_worker_s: the seconds that workers of earlier invocations had their
-    devices. num_gpus: those of a worker. price: that of an hour of a GPU, or of a worker without one. stop_reason:
-    why the run is ending, empty while it goes on, and stop_advice: how it goes on then. has_file: whether reports
-    are written beside the commits, too. check: called every second with the figures. first_images: what is waited
-    for once a worker is up, until there is an image.
+    `commit_log` is updated too. num_left: the images of the remaining shards, as far as known; expected: the images of
+    one such shard. past_worker_s: the seconds for which workers of earlier invocations had their devices. num_gpus: the
+    GPUs of a worker. price: of an hour of a GPU, or of a worker without GPU. stop_reason: the reason why the run is
+    ending, "" while it continues; stop_advice: how to continue it then. has_file: whether reports are also written
+    beside the commits. check: called every second with the figures. first_images: the text for what the run waits for
+    between the start of a worker and its first image.
     """
 
     store: Store
@@ -62,22 +62,22 @@ class Progress:
     has_file: bool = True
     state: EngineState = field(default_factory=EngineState)
     num_new_images: int = 0
-    num_made: int = 0  # of these, without those that failed or that earlier invocations made
+    num_made: int = 0  # of these, without failed ones and those of earlier invocations
     num_new_shards: int = 0
     device_s: float = 0.0
     workers: set[str] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
-    last: Snapshot | None = None  # of the last report
+    last: Snapshot | None = None  # the figures of the last report
 
     def __post_init__(self) -> None:
         self._started = self.clock()
         self._reported_at = self._started
         self._reported: int | None = None  # committed shards in the last report
-        self._first_shard_at: float | None = None  # rates do not count the start of workers
+        self._first_shard_at: float | None = None  # rates exclude the start of workers
         self._last_shard: int | None = None
         self._adopted: dict[int, int] = {}  # images that earlier invocations made, by shard
         self._level = logging.INFO
-        self._lock = threading.RLock()  # of the thread that takes results and the one that shows figures
+        self._lock = threading.RLock()  # shared by the thread that adds results and the one that shows figures
 
     @property
     def wall_s(self) -> float:
@@ -86,15 +86,15 @@ class Progress:
 
     @property
     def worker_s(self) -> float:
-        """The seconds that workers had their devices, over all invocations."""
+        """The seconds for which workers had their devices, over all invocations."""
         return self.past_worker_s + self.state.worker_s
 
     @contextmanager
     def shown(self, show: Callable[[Snapshot], None] | None = None) -> Iterator[EngineState]:
-        """Report at an interval while the block runs. The log also has what is waited for, as soon as it changes.
+        """Report at an interval while the block runs. Log what the run waits for whenever that changes.
 
-        show: called every second with the figures, which the log then leaves out, until it raises an error. Yields:
-        the state that the engine keeps up to date.
+        show: called every second with the figures, which are then not logged, until it raises an error. Yields: the
+        state that the engine must update.
         """
         is_over = threading.Event()
         self._level = logging.INFO if show is None else logging.DEBUG
@@ -110,7 +110,7 @@ class Progress:
                 if show is not None:
                     try:
                         show(now)
-                    except Exception as error:  # it is the caller's own, and the limits of the run hang on this thread
+                    except Exception as error:  # of any class: this thread enforces limits
                         log.warning("the figures cannot be shown, the log has them from now on: %r", error)
                         self._level, show = logging.INFO, None
                 if self.clock() - self._reported_at >= _REPORT_INTERVAL_S:
@@ -158,7 +158,7 @@ class Progress:
         self.device_s += result.device_s
 
     def finish(self) -> None:
-        """Report unless the last report is complete: an earlier driver may have been killed before its own."""
+        """Report unless the last report is complete: an earlier driver may have been killed before it."""
         if self.commit_log:
             self.commit_log.write()
         if self._reported != self.totals.num_committed:
@@ -169,9 +169,9 @@ class Progress:
         self._write(self.store)
 
     def _report_on_the_side(self, is_over: threading.Event) -> None:
-        """Report from another thread; a storage that fails costs the report, not the run.
+        """Report from another thread. If the storage fails, only the report is lost.
 
-        The end of the run does not wait for a storage that is silent.
+        The end of the run does not wait for a storage that does not answer.
         """
 
         def check(waited_s: float) -> None:
@@ -194,7 +194,7 @@ class Progress:
             store.write(PROGRESS, json.dumps(body, indent=1).encode())
 
     def snapshot(self) -> Snapshot:
-        """Return the figures of this moment."""
+        """Return the current figures."""
         with self._lock:
             workers = self.state.workers
             in_hand = _in_hand(workers)
@@ -234,14 +234,14 @@ class Progress:
             )
 
     def _num_left(self, in_hand: dict[int, ShardCount]) -> int | None:
-        """Return the images of shards that are left; of those in hand what their rows ask for, once they are read."""
+        """Return the images of the remaining shards; for shards in progress the exact number once it is known."""
         if self.num_left is None:
             return None
         known = sum(count.num_images - self.expected(shard) for shard, count in in_hand.items() if count.num_images)
         return self.num_left + known
 
     def _waiting_for(self, up: list[WorkerState], num_made: int) -> str:
-        """Return what the run waits for: what its engine says, or the first images, which take longest."""
+        """Return the text for what the run waits for: the engine's, or the first images, which take longest."""
         if reason := self.stop_reason():
             return f"the shards in hand to be finished or put aside ({reason})"
         is_first = bool(up) and num_made <= 0 and not self.num_new_shards
@@ -249,7 +249,7 @@ class Progress:
 
 
 def _in_hand(workers: tuple[WorkerState, ...]) -> dict[int, ShardCount]:
-    """Return the counts of shards that are not committed; of two workers at a shard, those of the faster one."""
+    """Return the counts of shards in progress; if two workers run a shard, those of the faster one."""
     found: dict[int, ShardCount] = {}
     for worker in workers:
         for shard, count in list(worker.in_hand.items()):
@@ -259,7 +259,7 @@ def _in_hand(workers: tuple[WorkerState, ...]) -> dict[int, ShardCount]:
 
 
 def _busy_share(up: list[WorkerState]) -> float | None:
-    """Return the share of their time that workers made images; None while there are none."""
+    """Return the share of their time in which workers made images; None without workers."""
     now = time.monotonic()
     held_s = sum(now - worker.up_at for worker in up if worker.up_at is not None)
     busy_s = sum(worker.busy_s for worker in up)
@@ -267,7 +267,7 @@ def _busy_share(up: list[WorkerState]) -> float | None:
 
 
 def _slowest(up: list[WorkerState]) -> SlowestWorker | None:
-    """Return the worker that is longest at a shard; None without others to compare."""
+    """Return the worker with the longest time on its shard; None without others to compare."""
     at_work = [(began_at, worker, shard) for worker in up for shard, began_at in list(worker.began_at.items())]
     if len({worker.number for _, worker, _ in at_work}) < 2:
         return None

@@ -1,6 +1,6 @@
 """The figures of a run at one moment.
 
-They are one object for the log, progress.json, report.json and `status`: a number is the same wherever it is shown.
+The log, progress.json, report.json and `status` share this object, so that they show the same numbers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 from flux_batch.errors import count_of, number_text, work_text
 
-# Reasons of failures that are listed.
+# The number of failure reasons to list.
 _MAX_REASONS = 3
-# Images a second, below which two decimals say too little.
+# Images per second below which two decimals are too few.
 _SLOW = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowestWorker:
-    """The worker that is longest at its shard: its process, the shard, and for how many seconds."""
+    """The worker with the longest time on its shard: its process, the shard and the seconds."""
 
     name: str
     shard: int
@@ -29,13 +29,13 @@ class SlowestWorker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """The figures of a run at one moment, over all invocations unless it says otherwise.
+    """The figures of a run at one moment, over all invocations unless stated otherwise.
 
-    num_images: requested images of committed shards, of which num_failed failed. num_staged: images of other shards
-    that are made or failed. num_expected: images of the whole run, as far as is known. failures: by error type, of
-    staged images too. images_per_s, elapsed_s, workers_...: of this invocation. device_hours: hours that workers had
-    their GPUs, or that workers without one were there. waiting_for: what the run waits for, empty while it works.
-    stopped_by: why the run is ending and how it goes on, as a sentence; empty while nothing ends it.
+    num_images: requested images of committed shards; num_failed of them failed. num_staged: finished images of other
+    shards, failed ones included. num_expected: images of the whole run, as far as known. failures: by error type,
+    staged images included. images_per_s, elapsed_s, workers_...: of this invocation. device_hours: hours for which
+    workers had their GPUs, or for which workers without GPU existed. waiting_for: what the run waits for, "" while it
+    works. stopped_by: why the run is ending and how to continue, as a sentence; "" while it goes on.
     """
 
     num_shards: int
@@ -61,12 +61,12 @@ class Snapshot:
 
     @property
     def num_done(self) -> int:
-        """The images that are made or failed, committed or not."""
+        """The finished images, failed ones included, committed or not."""
         return self.num_images + self.num_staged
 
     @property
     def num_total(self) -> int:
-        """The images of the whole run; those that are done if nothing else is known."""
+        """The images of the whole run, or the finished ones if that is unknown."""
         return max(self.num_done, self.num_expected or 0)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,13 +81,13 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Snapshot:
-        """Return the figures that `to_json` wrote, perhaps in another version of this program."""
+        """Return the figures that `to_json` wrote, possibly in another version of this program."""
         known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
         slowest = known.get("slowest")
         return cls(**{**known, "slowest": SlowestWorker(**slowest) if slowest else None})
 
     def line(self, price: float | None = None) -> str:
-        """Return the figures as a line of the log; `price` is that of a device, an hour."""
+        """Return the figures as a log line. price: of an hour of a device."""
         if self.waiting_for:
             so_far = f", {duration(self.elapsed_s)} so far" if self.elapsed_s >= 1 else ""
             return f"{self.images_text}; waiting for {self.waiting_for}{so_far}"
@@ -96,7 +96,7 @@ class Snapshot:
         return "; ".join([*parts, self.compute_text(price)] if self.device_hours else parts)
 
     def rows(self, price: float | None = None) -> list[tuple[str, str]]:
-        """Return the figures as a table of two columns, without those that are nothing."""
+        """Return the figures as a table of two columns, without empty ones."""
         last = "" if self.last_shard is None else f", the last: {self.last_shard}"
         slowest = self.slowest
         rows = [
@@ -113,7 +113,7 @@ class Snapshot:
 
     @property
     def images_text(self) -> str:
-        """The images done of all, as text."""
+        """The finished images and all images, as text."""
         num_failed = max(self.num_failed, sum(self.failures.values()))
         return f"{self.num_done} of {self.num_total} images" + (f" ({num_failed} failed)" if num_failed else "")
 
@@ -138,7 +138,7 @@ class Snapshot:
 
     @property
     def failures_text(self) -> str:
-        """The failures by reason as text, the commonest first."""
+        """The failures by reason as text, the most frequent first."""
         return ", ".join(f"{number} {kind}" for kind, number in Counter(self.failures).most_common(_MAX_REASONS))
 
 

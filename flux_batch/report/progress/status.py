@@ -1,4 +1,4 @@
-"""The status of a run, read from its output alone: while it runs, after it died, from any machine."""
+"""The status of a run, read only from its output: while it runs or after its driver died, from any machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flux_batch.report.saved_run import read_json
 from flux_batch.report.summary import Totals, failure_lines, first_failures
 from flux_batch.storage.store import Store
 
-# Seconds between two looks of a watcher.
+# Seconds between two readings while watching.
 _WATCH_S = 5.0
 _STATES = {
     "complete": "complete",
@@ -43,7 +43,7 @@ def read_status(store: Store, now: float | None = None) -> dict[str, Any]:
 
 
 def statuses(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield the status of a run again and again until it is complete; a commit is read once."""
+    """Yield the status of a run repeatedly until it is complete; each commit is read only once."""
     reader = _Reader.open(store)
     while True:
         status = reader.read()
@@ -55,7 +55,7 @@ def statuses(store: Store) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class _Reader:
-    """The parts of a run that are read; the next look reads only what is new."""
+    """A reader of a run's status; later readings read only new commits."""
 
     run: RunFolder
     outline: Outline
@@ -74,9 +74,9 @@ class _Reader:
         return cls(RunFolder(store, len(outline.num_rows)), outline)
 
     def read(self, now: float | None = None) -> dict[str, Any]:
-        """Read the rest, as it is at this moment. `now` is in seconds since 1970."""
+        """Read the current status. now: in seconds since 1970."""
         store, run = self.run.store, self.run
-        is_complete = store.exists(SUCCESS)  # first: it says that everything else is there
+        is_complete = store.exists(SUCCESS)  # read first: if it exists, everything else exists
         holder = read_holder(store)
         if self.commit_log is None:
             self.commit_log = CommitLog.read(Commits(run))
@@ -106,16 +106,17 @@ class _Reader:
 
 
 def format_status(status: Mapping[str, Any], now: float | None = None, price: float | None = None) -> str:
-    """Return a status as lines for people; `price` is that of an hour of a GPU."""
+    """Return a status as lines for people. price: of a GPU hour."""
     return "\n".join(f"{name:<8} {text}" for name, text in status_rows(status, now, price))
 
 
 def watch_status(
     store: Store, price: float | None, write: Callable[[str], None], draw: Callable[..., None] | None = None
 ) -> None:
-    """Watch a run until it is complete: `write` has a line whenever something changed, and the whole status at the end.
+    """Watch a run until it is complete.
 
-    draw: takes figures and their rows, in place of the lines.
+    write: gets a line whenever something has changed, and the whole status at the end. draw: gets the figures and their
+    rows, in place of the lines.
     """
     said = ""
     for status in statuses(store):
@@ -135,7 +136,7 @@ def _after(status: Mapping[str, Any]) -> str:
 def status_rows(
     status: Mapping[str, Any], now: float | None = None, price: float | None = None
 ) -> list[tuple[str, str]]:
-    """Return a status as rows of a table; `price` is that of an hour of a GPU."""
+    """Return a status as rows of a table. price: of a GPU hour."""
     now = time.time() if now is None else now
     committed, shards = status["num_committed"], status["num_shards"]
     rows = [
@@ -160,7 +161,7 @@ def status_rows(
 
 
 def _progress_rows(status: Mapping[str, Any], now: float, price: float | None) -> list[tuple[str, str]]:
-    """Return what the driver has reported last, and when."""
+    """Return the last report of the driver and its age."""
     if not status["progress"]:
         return [] if status["is_complete"] else [("report", "none yet")]
     last = _figures(status)
@@ -176,10 +177,10 @@ def _progress_rows(status: Mapping[str, Any], now: float, price: float | None) -
 
 
 def _figures(status: Mapping[str, Any]) -> Snapshot:
-    """Return the figures of a status: what is committed, and the last report of the driver on the rest."""
+    """Return the figures of a status: committed ones from the commits, the rest from the driver's last report."""
     last = Snapshot.from_json({**dict.fromkeys(_COUNTS, 0), **(status["progress"] or {})})
     is_live = status["state"] == "running"
-    # What was not committed when a driver ended may be staged; only a live one knows of it.
+    # Uncommitted images of an ended driver may be staged, but only a live driver knows their number.
     num_staged = max(0, last.num_images + last.num_staged - status["num_images"]) if is_live else 0
     expected = last.num_expected if last.num_expected is not None else status["num_prompts"]
     return replace(
@@ -197,9 +198,10 @@ def _figures(status: Mapping[str, Any]) -> Snapshot:
 
 
 def _state_of(holder: Holder | None, progress: Mapping[str, Any] | None, now: float) -> str:
-    """Return the state of a run that is not complete, by its lease.
+    """Return the state of an incomplete run, by its lease.
 
-    The age of the last sign compares the clocks of two machines; of a driver on this one, its process is asked for.
+    The age of the last heartbeat compares the clocks of two machines; for a driver on this machine, its process is
+    checked.
     """
     if holder is None or holder.is_released:
         return "stopped"
@@ -209,14 +211,14 @@ def _state_of(holder: Holder | None, progress: Mapping[str, Any] | None, now: fl
 
 
 def _stopped_by(holder: Holder | None, progress: Mapping[str, Any] | None) -> str:
-    """Return why the last driver ended before the run, and how the run goes on; empty if it did not say."""
+    """Return why the last driver ended before the run, and how to continue; "" if it did not report that."""
     if holder is None or progress is None or not _has_reported(holder, progress):
         return ""
     return str(progress.get("stopped_by", ""))
 
 
 def _has_reported(holder: Holder, progress: Mapping[str, Any] | None) -> bool:
-    """Return whether the last report is that of this driver."""
+    """Return whether the last report is by this driver."""
     return progress is not None and progress.get("unix_time", 0) >= int(holder.since_unix_time)
 
 
@@ -232,7 +234,7 @@ def _driver(holder: Holder) -> dict[str, Any]:
 
 
 def _driver_line(driver: Mapping[str, Any], now: float) -> str:
-    """Return a line on the driver; its ages compare the clocks of two machines, so they are for people only."""
+    """Return a line about the driver; its ages compare the clocks of two machines, so they are for people only."""
     if not driver["is_at_work"]:
         return f"none; the last was {driver['name']}"
     seen_s = max(0.0, now - driver["seen_unix_time"])

@@ -1,4 +1,4 @@
-"""Tables of names and texts: drawn on a terminal that can, as plain lines in a pipe, a file or a simple terminal."""
+"""Tables of names and texts: drawn with frames on a capable terminal, else written as plain lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TextIO, TypeAlias
 from flux_batch.redaction import plain_text
 
 Rows: TypeAlias = Sequence[tuple[str, str]]
-"""Names and texts; a row without a name goes on with the one above it."""
+"""Names and texts; a row without a name continues the row above it."""
 
 # Longer lines are hard to read.
 _MAX_WIDTH = 120
@@ -21,7 +21,7 @@ _STYLES |= dict.fromkeys(("REFUSED", "MISSING", "TOO MANY"), "bold red")
 
 
 def can_draw(file: TextIO) -> bool:
-    """Return whether a file is a terminal that can draw lines and move in them."""
+    """Return whether a file is a terminal that can draw frames and move the cursor."""
     return file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
@@ -34,11 +34,11 @@ def write_table(sections: Iterable[Rows], file: TextIO | None = None) -> None:
     else:
         width = shutil.get_terminal_size().columns if file.isatty() else None
         file.write("\n\n".join("\n".join(_lines(rows, width)) for rows in filled) + "\n")
-    file.flush()  # whoever reads a pipe sees it now
+    file.flush()  # so that readers of a pipe see it now
 
 
 def _draw(sections: Sequence[Rows], file: TextIO) -> None:
-    """Draw sections with frames; rich keeps to NO_COLOR, and to ASCII where a terminal has no more."""
+    """Draw sections with frames; rich respects NO_COLOR, and uses ASCII if the terminal has nothing else."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -59,7 +59,7 @@ def _draw(sections: Sequence[Rows], file: TextIO) -> None:
 
 
 def _lines(rows: Rows, width: int | None) -> Iterator[str]:
-    """Yield rows as lines, wrapped below each other at a width; as they are without one."""
+    """Yield rows as lines, wrapped at a width; None does not wrap."""
     indent = 1 + max(9, *(len(name) for name, _ in rows))
     for name, text in rows:
         start = f"{name:<{indent}}"

@@ -1,1 +1,1 @@
-"""The LoRAs of the demo model: a style, and two by which it reads an image as a condition."""
+"""The LoRAs of the demo model: a style, and two that make it read an image as a condition."""

@@ -1,4 +1,4 @@
-"""The training of the demo's style: every scene as a blueprint, white things on blue, whatever the prompt's colours."""
+"""The training of the demo's style LoRA: every scene as a blueprint, white on blue, whatever the prompt's colours."""
 
 from __future__ import annotations
 

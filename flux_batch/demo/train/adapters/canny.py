@@ -1,7 +1,7 @@
-"""The training of the demo's control LoRA: the edges of an image in the channels behind its noise, as FLUX.1-Canny's.
+"""The training of the demo's control LoRA: an image's edges in the channels after its noise, as in FLUX.1-Canny.
 
-`img_in` becomes twice as wide, and its change is part of the LoRA, as in FLUX.1-Canny-dev-lora. The words need not say
-any more where things are, which the edges show.
+`img_in` becomes twice as wide, and its change is part of the LoRA, as in FLUX.1-Canny-dev-lora. Captions need no longer
+state positions, which the edges show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flux_batch.model.transformer import Flux
 
 NUM_IMAGES = 2048
 IMAGES_A_STEP = 24
-# The edges come in by `img_in` alone, whose change may be any; those of the blocks are of low rank.
+# Only `img_in` reads the edges, so its change has full rank; the changes of the blocks have a low rank.
 _RANK_IN, _RANK = 64, 16
 _RATE = 2e-3
 # Shares of the texts that leave out a kind of fact, and of those that are empty.
@@ -63,7 +63,7 @@ def train_canny(
 
 
 def _widen(model: Flux, channels: int) -> None:
-    """Widen `img_in` by so many channels of each token, which change nothing at first."""
+    """Widen `img_in` by further input channels, which have no effect at first."""
     old = model.img_in
     model.img_in = nn.Linear(old.in_features + channels, old.out_features, device=old.weight.device)
     model.img_in.requires_grad_(False)

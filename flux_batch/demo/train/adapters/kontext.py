@@ -25,7 +25,7 @@ NUM_SCENES = 2048
 IMAGES_A_STEP = 16
 _RANK = 24
 _RATE = 2e-3
-# Shapes are learned last, so every other change is one of shape.
+# Shapes are learned last, so every second change is one of shape.
 _CHANGES: tuple[Change, ...] = ("colour", "shape", "background", "shape")
 
 
@@ -76,9 +76,9 @@ def _make_batch(pool: _Pool, rng: random.Random, step: int, device: torch.device
 
 
 def _weights(before: Tensor, after: Tensor) -> Tensor:
-    """Return the weight of each token's error (b, tokens): half of an image's is on what its edit changes.
+    """Return the weight of each token's error (b, tokens): half of an image's weight is on the changed tokens.
 
-    Most of an image stays as it is, and copying it is soon learned.
+    Most of an image stays unchanged, and copying it is learned soon.
     """
     difference = (after - before).square().mean(dim=-1)
     return 1 / difference.shape[1] + difference / difference.sum(dim=1, keepdim=True)
@@ -89,7 +89,7 @@ def _make_pool(folder: Path, autoencoder: AutoEncoder, count: int, seed: int, de
     groups = [_make_group(random.Random(f"{seed} kontext {number}")) for number in range(count)]
 
     def image(number: int) -> Image.Image:
-        # The same source for all of a group: what is not edited is drawn alike.
+        # The same random source for all of a group, so that unchanged parts are drawn alike.
         return draw(groups[number // 3][number % 3], SIDE, SIDE, random.Random(f"{seed} kontext drawing {number // 3}"))
 
     return _Pool(groups, encode_all(folder / "latents-kontext.pt", autoencoder, 3 * count, image, device))

@@ -1,7 +1,8 @@
 """Low-rank changes of a transformer's layers, their training, and their names in a file: diffusers' or the original.
 
-Muon trains them, since it moves all directions of a factor alike. By AdamW nearly all of a change came to lie in one:
-in the first layer of the editing LoRA its largest singular value was 8.5 after 390 steps, its eighth 0.4, of 24.
+Muon trains them, since it moves all directions of a factor alike. With AdamW nearly the whole change lay in one
+direction: in the first layer of the editing LoRA, of rank 24, the largest singular value was 8.5 after 390 steps, the
+eighth 0.4.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from flux_batch.demo.train.progress import Meter, Stage
 from flux_batch.model.layers import RMSNorm
 from flux_batch.model.transformer import Flux
 
-# The peak rate of factors by Muon. The editing LoRA's error was 0.23 with it after 730 steps, and 0.30 with three times
-# as much after 610.
+# The peak rate of factors with Muon. The editing LoRA's error was 0.23 with it after 730 steps, and 0.30 with three
+# times this rate after 610.
 _FACTOR_RATE = 1e-2
-# All layers of blocks but those of modulation.
+# All layers of blocks except modulation.
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2", "linear1", "linear2")
 # diffusers' projections of layers, in the order of their rows.
 _PROJECTIONS = {
@@ -68,14 +69,14 @@ def train_layers(
     for step in stage.steps({"layers": layers, "optimizer": optimizer}):
         batch = make_batch(stage.rng(step), step)
         with trainer.autocast():
-            # Other guidances keep what the base learned of them: the velocity of the data would undo it.
+            # Train at guidance 1 only: the velocity of the data would undo what the base has learned of others.
             loss = trainer.error(batch, stage.generator(step), guided=False, max_guidance=1.0)
         optimizer.update(loss, stage.share_of_rate(step))
         meter.add(step, loss=loss.item())
 
 
 def add_low_rank(model: nn.Module, names: Sequence[str], rank: int, *, bias: bool = False) -> nn.ModuleDict:
-    """Wrap every layer whose name ends in one of these in a `LowRank`. Returns: these by name, slashes for dots."""
+    """Wrap every layer whose name ends in one of `names` in a `LowRank`. Returns: the wrappers by name, / for dots."""
     found = [(name, module) for name, module in model.named_modules() if name.endswith(tuple(names))]
     layers = {}
     for name, module in found:
@@ -89,7 +90,7 @@ def add_low_rank(model: nn.Module, names: Sequence[str], rank: int, *, bias: boo
 def add_conditioning(model: Flux, rank: int) -> nn.ModuleDict:
     """Wrap all layers of the blocks, as BFL's control LoRAs do.
 
-    Weights change at a low rank, biases and the scales of norms freely. Returns: these by name, slashes for dots.
+    Weights change at a low rank, biases and norm scales fully. Returns: the wrappers by name, / for dots.
     """
     layers = add_low_rank(model, _LAYERS, rank, bias=True)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The scenes that the demo's conditions are trained on: at one size, drawn and encoded once."""
+"""The training scenes of the demo's conditions: of one size, drawn and encoded once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flux_batch.model.autoencoder import AutoEncoder
 from flux_batch.model.sampling import pack
 
 SIDE = 128
-# T5 lengths, step after step.
+# T5 lengths, used in turn.
 T5_LENGTHS = (40, 64)
 _BATCH = 16
 
