@@ -88,7 +88,7 @@ def test_a_signal_of_slurm_stops_the_driver_in_order_and_requeues_the_job(tmp_pa
         out, _ = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == Interrupted.exit_code
-    assert "the driver puts the shards in hand aside" in out
+    assert "the driver puts the unfinished shards aside" in out
     assert calls(tmp_path)[-2:] == ["driver: SIGTERM", "scontrol requeue 123456"]
 
 
