@@ -449,7 +449,7 @@ def test_the_columns_of_the_metadata_are_on_their_page() -> None:
 def test_the_columns_of_annotators_are_on_their_page_and_in_the_help() -> None:
     assert sorted(annotation_columns()) == sorted(BUILT_IN)
     for name, factory in BUILT_IN.items():
-        if isinstance(columns := getattr(pkgutil.resolve_name(factory), "columns", 0), pa.Schema):  # other annotators have columns that depend on options
+        if isinstance(columns := getattr(pkgutil.resolve_name(factory), "columns", 0), pa.Schema):  # or by its options
             assert annotation_columns()[name] == columns.names
     texts = [command.format_help() for command in commands().values()]
     assert [found for text in texts for found in unknown_annotations(Page(f"```sh\n{text}\n```\n"))] == []
@@ -488,7 +488,7 @@ def test_pages_and_their_images_are_not_packed() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packed = [path for pattern in tools["package-data"]["flux_batch"] for path in (ROOT / "flux_batch").glob(pattern)]
     assert {path.suffix for path in packed} >= {".parquet", ".safetensors"}
-    assert [path.name for path in packed if path.suffix in (".md", ".webp")] == ["SKILL.md"]  # a command prints this page
+    assert [path.name for path in packed if path.suffix in (".md", ".webp")] == ["SKILL.md"]  # `skill` prints it
 
 
 def test_the_page_for_agents_has_the_exit_codes_and_keys_of_a_skill() -> None:

@@ -78,7 +78,7 @@ def test_no_secret_of_a_job_is_written_or_logged(
     assert found[3]["model"] == "https://host/flux.safetensors"
     assert found[3]["lora"] == "https://civitai.com/api/download/models/7"
     images = [data for name, data in read_all(Path(config.output.uri)).items() if name.startswith("train/")]
-    assert any(b"civitai.com/api/download/models/7" in data for data in images)  # images do contain addresses, so they could contain a secret
+    assert any(b"civitai.com/api/download/models/7" in data for data in images)  # images could contain a secret
     assert written_secrets(Path(config.output.uri)) == []
     assert main(["status", config.output.uri]) == main(["verify", config.output.uri]) == 0
     printed = capsys.readouterr()

@@ -38,7 +38,7 @@ def tries(folder: Path, shard: Shard) -> int:
 
 
 def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
-    """Return the log of a shard's attempts: each `Attempt` with its event, process, node and time; [] before the first."""
+    """Return the events of a shard so far: each with its `Attempt`, kind, process, node and time."""
     log = folder / f"{index}.log"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
