@@ -1,4 +1,4 @@
-"""cluster/slurm/run.sbatch as Slurm runs it: signals, exit codes, requeueing. Other programs stand in for Slurm's."""
+"""cluster/slurm/run.sbatch with fakes of Slurm's programs: signals, exit codes, requeueing."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SCRIPT.read_text(), flags=re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert {"requeue", "exclusive", "gres", "nodes", "time"} <= options.keys()
-    assert options["open-mode"] == "append"  # or the log of the first start is lost
+    assert options["open-mode"] == "append"  # otherwise the log of the first start is lost
     given = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
     assert given
-    assert int(given[1]) > 2 * 25  # failures.drain_s, and the same again to end the cluster
+    assert int(given[1]) > 2 * 25  # failures.drain_s, and as long again to end the cluster
     for line in re.findall(r"run\.sbatch (jobs/.*|s3:.*)$", SCRIPT.read_text(), flags=re.MULTILINE):
         parser().parse_args(["run", *line.split()])
