@@ -137,9 +137,8 @@ def test_blocks_have_negative_prompts_and_lines(tmp_path: Path) -> None:
         row for shard in make_plan(config, 2).shards for row in PromptSource(config).read(shard, SamplingConfig())
     )
 
-    assert (
-        PromptSource(config, rules=2).split(PromptSource(config).files()[0], 99)[0].num_rows == 7
-    )  # as in older versions
+    # As in older versions.
+    assert PromptSource(config, rules=2).split(PromptSource(config).files()[0], 99)[0].num_rows == 7
     assert isinstance(girl, ImageRequest)
     assert isinstance(castle, ImageRequest)
     assert isinstance(fog, FailedRow)

@@ -98,12 +98,8 @@ def test_the_name_of_a_file_with_one_prompt_is_its_id(tmp_path: Path, shard_size
 
     assert ids_of(folder, shard_size) == ["0.txt", "1.txt:0", "1.txt:1", "2.json"]
     assert ids_of(folder.model_copy(update={"limit": 2}), shard_size) == ["0.txt", "1.txt:0"]
-    assert ids_of(folder, shard_size, rules=2) == [
-        "0.txt:0",
-        "1.txt:0",
-        "1.txt:1",
-        "2.json:0",
-    ]  # a run of an older version
+    # A run of an older version.
+    assert ids_of(folder, shard_size, rules=2) == ["0.txt:0", "1.txt:0", "1.txt:1", "2.json:0"]
     assert ids_of(PromptsConfig(uri=f"{tmp_path}/0.txt"), shard_size) == ["0.txt:0"]  # the file may get a second line
 
 

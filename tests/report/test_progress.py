@@ -64,9 +64,8 @@ def test_images_count_as_they_are_made_and_never_twice(tmp_path: Path, caplog: p
     progress.add(ShardResult(shard=0, num_images=61, num_failed=2, failures={"RowError": 2}, is_new=True, wall_s=1))
     now = progress.snapshot()
     assert (now.num_done, now.num_total, now.last_shard, now.failures) == (71, 103, 0, {"RowError": 2})
-    second.update(
-        WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 60)}, 1.0)
-    )  # the count of shard 0 arrives late
+    # The count of shard 0 arrives late.
+    second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 60)}, 1.0))
     assert progress.snapshot().num_done == 71
     state.end(second)
     progress.report()

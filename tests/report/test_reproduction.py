@@ -140,9 +140,8 @@ def test_a_key_without_an_image_is_a_sentence(tmp_path: Path, key: str, sentence
 )
 def test_what_the_metadata_does_not_say_is_named(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     row = {"key": "k", "id": "i", "prompt": "p", "seed": 1, "width": 16, "height": 16, "embedded_guidance": 3.5}
-    assert (
-        recorded_task(row, make_job(tmp_path)).request.sampling.num_inference_steps == 28
-    )  # written by an older version
+    # The row was written by an older version.
+    assert recorded_task(row, make_job(tmp_path)).request.sampling.num_inference_steps == 28
     with pytest.raises(JobError, match=sentence):
         recorded_task(row | changes, make_job(tmp_path))
 

@@ -271,9 +271,8 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.s3
 def test_a_large_text_file_in_a_bucket_is_read_in_blocks(s3_store: Any) -> None:
     lines = b"".join(b'{"prompt": "%d %s"}\n' % (number, b"x" * 200) for number in range(20_000))
-    Store(s3_store.uri, s3_store.storage_options).write(
-        "p.jsonl", lines
-    )  # 4 MB; reading a block per line would be 80 GB
+    # 4 MB; reading a block per line would read 80 GB.
+    Store(s3_store.uri, s3_store.storage_options).write("p.jsonl", lines)
 
     table = open_table(f"{s3_store.uri}/p.jsonl", s3_store.storage_options)
     ranges = list(table.split(1000))

@@ -36,9 +36,8 @@ class Loaded:
     def _load(self, root: Path, folder: str, address: str) -> None:
         text = (root / address).read_text().removeprefix("gallery.rows('").removesuffix("');\n")
         assert "'" not in re.sub(r"\\.", "", text)
-        chunk = json.loads(
-            re.sub(r"\\(.)", r"\1", text), parse_constant=pytest.fail
-        )  # JSON in a browser has no Infinity
+        # JSON in a browser has no Infinity.
+        chunk = json.loads(re.sub(r"\\(.)", r"\1", text), parse_constant=pytest.fail)
         rows: list[dict[str, Any]] = [{} for _ in range(chunk["num"])]
         for name, column in chunk["columns"].items():
             values = column.get("each") or [column["values"][code] for code in column.get("codes", ())]
