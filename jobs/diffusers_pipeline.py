@@ -53,7 +53,7 @@ class DiffusersPipeline:
         parameters = inspect.signature(self._pipe.__call__).parameters
         if missing := [each for each in _NEEDED if each not in parameters]:
             raise JobError(
-                f"{model.uri}: {type(self._pipe).__name__} makes no images of text: it takes no {missing[0]}"
+                f"{model.uri}: {type(self._pipe).__name__} is not text-to-image: its call takes no {missing[0]}"
             )
         self.settings = frozenset(ours for ours, theirs in _ARGUMENTS.items() if theirs in parameters)
         guidance = parameters["guidance_scale"].default if "guidance_scale" in parameters else 0.0
@@ -84,12 +84,12 @@ class DiffusersPipeline:
             )
             refused = getattr(result, "nsfw_content_detected", None) or [False] * len(places)
             for place, image, is_refused in zip(places, result.images, refused, strict=True):
-                made[place] = RowError("its safety checker took the image away") if is_refused else _to_uint8(image)
+                made[place] = RowError("the safety checker removed the image") if is_refused else _to_uint8(image)
         return made
 
 
 def _to_uint8(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return an image of diffusers, (h, w, 3) in [0, 1], as uint8, rounded as diffusers does."""
     if not np.isfinite(image).all():
-        raise RowError("the image is not a number everywhere: another dtype may hold it")
+        raise RowError("the image has values that are not finite: try another dtype")
     return (image * 255).round().astype(np.uint8)

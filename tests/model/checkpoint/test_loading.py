@@ -114,7 +114,8 @@ def watch(peaks, done):
         peaks.append(private())
         time.sleep(0.001)
 
-ModelManager(torch.bfloat16, "cpu", [sys.argv[1]]) # imports and sets up everything once for path in sys.argv[2:]:
+ModelManager(torch.bfloat16, "cpu", [sys.argv[1]])  # imports and sets up everything once
+for path in sys.argv[2:]:
     gc.collect()
     before, peaks, done = private(), [], threading.Event()
     thread = threading.Thread(target=watch, args=(peaks, done))
