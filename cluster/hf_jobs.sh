@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One run on a GPU machine of Hugging Face Jobs: one node, Ray on it, prompts and output in a bucket.
+# One run on a GPU machine of Hugging Face Jobs: one node with Ray, prompts and output in a bucket.
 #
 #   cluster/hf_jobs.sh s3://bucket/jobs/cats.yaml
 #   HF_JOBS="--flavor h200x8 --detach" cluster/hf_jobs.sh s3://bucket/jobs/cats.yaml        options of `hf jobs run`
-#   HF_JOBS=--dry-run cluster/hf_jobs.sh s3://bucket/jobs/cats.yaml                         shows the job only
+#   HF_JOBS=--dry-run cluster/hf_jobs.sh s3://bucket/jobs/cats.yaml                         only shows the job
 #
-# Takes the arguments of `flux-batch run`. A job that fails or reaches its timeout is lost with what it had in hand; each
-# of its attempts, and the same command later, goes on with the run. The image is that of cluster/Dockerfile.
+# Takes the arguments of `flux-batch run`. A job that fails or reaches its timeout loses its unfinished shards. Each
+# further attempt, and the same command later, resumes the run. The image is built from cluster/Dockerfile.
 set -euo pipefail
 
-# A model of the hub needs HF_TOKEN and HF_HUB_OFFLINE=0; with one machine, nobody is refused.
+# A model on the hub needs HF_TOKEN and HF_HUB_OFFLINE=0; the hub does not refuse a single machine.
 # shellcheck disable=SC2086  # several options in one variable
 exec hf jobs run --flavor a100-large --timeout 12h --attempts 3 --name flux-batch \
     --secrets HF_TOKEN --secrets AWS_ACCESS_KEY_ID --secrets AWS_SECRET_ACCESS_KEY \

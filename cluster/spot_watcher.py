@@ -1,12 +1,12 @@
-"""Watches for the notice that this spot node of AWS, Google or Azure is taken away, and makes Ray drain the node.
+"""Watches for the spot notice of this node on AWS, Google or Azure, and makes Ray drain the node.
 
     nohup python cluster/spot_watcher.py --cloud aws &        on every spot node, once `ray start` has returned
 
-The driver then makes the workers of the node put their shards aside and begins them elsewhere, which loses no image.
-A notice leaves two minutes on AWS and half a minute on Google and Azure: there, set `failures.drain_s` to 15.
-Needs only Python and the `ray` command. Source of addresses and headers: AWS, "Spot Instance interruption notices" and
-"Use the Instance Metadata Service" (version 2: a token first); Google, "Create and use Spot VMs"; Azure, "Scheduled
-Events for Linux VMs" and "Azure Instance Metadata Service".
+The driver then makes the workers of the node put their shards aside and begins these shards on other nodes, so that no
+image is lost. A notice leaves two minutes on AWS, but only 30 seconds on Google and Azure: there, set
+`failures.drain_s` to 15. Needs only Python and the `ray` command. Source of addresses and headers: AWS, "Spot Instance
+interruption notices" and "Use the Instance Metadata Service" (version 2: a token first); Google, "Create and use Spot
+VMs"; Azure, "Scheduled Events for Linux VMs" and "Azure Instance Metadata Service".
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from http import HTTPStatus
 from http.client import HTTPException
 from urllib.error import HTTPError
 
-# Between what AWS (5 seconds) and Azure (1 second) recommend.
+# AWS recommends an interval of 5 seconds, Azure of 1 second.
 INTERVAL_S = 2.0
 TOKEN_S = 21600
 ANSWER_S = 2.0
-# What Google leaves to a node, which says only that it goes.
+# Google's notice has no time; a node has 30 seconds.
 GOOGLE_NOTICE_S = 30
 # Ray must finish before the machine is gone.
 SPARE_S = 10
-# The service is on the machine itself; a proxy of the environment would ask for another one, or for none.
+# The service is on the machine itself, so it must not be asked through a proxy from the environment.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-# An answer that is none is followed by others.
+# Errors of a failed request or a bad answer; the watcher asks again.
 BROKEN = (OSError, HTTPException, ValueError, KeyError, TypeError)
 
 
@@ -62,7 +62,7 @@ class Aws(Metadata):
     token = ""
 
     def end(self) -> datetime | None:
-        """Return the time in the notice, which is not found before there is one."""
+        """Return the time in the notice, None while the service answers 404."""
         try:
             return self._notice()
         except HTTPError as error:
@@ -87,18 +87,18 @@ class Google(Metadata):
     address = "http://metadata.google.internal"
 
     def end(self) -> datetime | None:
-        """Return half a minute from now once the instance is marked as preempted."""
+        """Return 30 seconds from now if the instance is marked as preempted, else None."""
         is_going = self.ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}).strip() == "TRUE"
         return datetime.now(UTC) + timedelta(seconds=GOOGLE_NOTICE_S) if is_going else None
 
 
 class Azure(Metadata):
-    """The metadata service of Azure, whose events are those of all machines of a group."""
+    """The metadata service of Azure, whose events cover all machines of a group."""
 
     name = ""
 
     def end(self) -> datetime | None:
-        """Return the earliest time at which this machine is preempted; an event that has begun has no time."""
+        """Return the time of this machine's preemption, None without a notice; now if it has begun."""
         header = {"Metadata": "true"}
         if not self.name:
             self.name = self.ask("/metadata/instance/compute/name?api-version=2021-02-01&format=text", header)
@@ -131,10 +131,10 @@ def drain(end: datetime) -> int:
 
 
 def main() -> int:
-    """Wait for the notice and drain the node; try again while the command fails."""
+    """Wait for the notice and drain the node, again while the command fails until the node ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cloud", choices=CLOUDS, default="aws", help="whose spot node this is (aws)")
-    parser.add_argument("--metadata", default="", help="another address of its metadata service")
+    parser.add_argument("--cloud", choices=CLOUDS, default="aws", help="the cloud of this spot node (aws)")
+    parser.add_argument("--metadata", default="", help="address of the metadata service, if not the cloud's own")
     parser.add_argument("--interval", type=float, default=INTERVAL_S, help=f"seconds between two checks ({INTERVAL_S})")
     given = parser.parse_args()
     end = watch(CLOUDS[given.cloud](given.metadata), given.interval)

@@ -1,11 +1,11 @@
-"""The nightly render as a DAG of Airflow 3; written for Airflow 2.9 too, but not tried there.
+"""The nightly render as a DAG of Airflow 3; also written for Airflow 2.9, but not tested there.
 
     cp jobs/airflow_dag.py "$AIRFLOW_HOME/dags/flux_nightly.py"      fill in your names first
     airflow dags test flux_nightly 2026-11-23
 
-Submits jobs/nightly.yaml to a running Ray cluster, waits, and returns the report that the run left in its output. A
-retry resumes the run of its day; an error that no retry could fix fails at once. Airflow's workers need `ray[default]`
-in the version of the cluster and `fsspec` with `s3fs`; the cluster needs flux-batch.
+Submits jobs/nightly.yaml to a running Ray cluster, waits, and returns the report that the run wrote to its output. A
+retry resumes the run of its day; an error that no retry can fix fails the task at once. Airflow's workers need
+`ray[default]` in the version of the cluster and `fsspec` with `s3fs`; the cluster needs flux-batch.
 
 The day is Airflow's `ds`, the same for every try: at 02:00 that same day in Airflow 3, the day before in Airflow 2
 (see `[scheduler] create_cron_data_intervals`).
@@ -36,19 +36,19 @@ ADDRESS = "http://head:8265"
 # The day of the run is appended.
 COMMAND = ("flux-batch", "run", "s3://bucket/jobs/nightly.yaml", "--logical-date")
 OUTPUT = "s3://bucket/runs/{date}"  # output.uri of the job file
-# Seconds between `ray job stop` and the kill: more than failures.drain_s. Workers ask no model hub.
+# The 40 seconds between `ray job stop` and the kill exceed failures.drain_s. Workers do not ask the hub.
 RUNTIME_ENV = {
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40", "HF_HUB_OFFLINE": "1", "RAY_LOGGING_CONFIG_ENCODING": "JSON"}
 }
 POLL_S = 10.0
-# Looks in a row that may fail, five minutes of them.
+# Failed requests in a row before giving up: five minutes.
 MAX_UNANSWERED = 30
 # Exit codes of flux-batch: the job file or the prompts are wrong, or a limit is reached; too many rows failed.
 BAD_INPUT, TOO_MANY_FAILED = 2, 3
 
 
 def submit(client: JobSubmissionClient, name: str, command: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
-    """Submit a job, unless one of that name runs, from an earlier try that Airflow lost.
+    """Submit a job, unless one of that name is running, from an earlier try that Airflow lost.
 
     Returns: its submission id.
     """
@@ -64,7 +64,7 @@ def wait(client: JobSubmissionClient, submission_id: str, poll_s: float = POLL_S
     while True:
         try:
             job = client.get_job_info(submission_id)
-        except (OSError, RuntimeError):  # of the network, and of a server or a proxy that errs: the job goes on
+        except (OSError, RuntimeError):  # errors of the network, the server or a proxy: the job itself continues
             num_unanswered += 1
             if num_unanswered > MAX_UNANSWERED:
                 raise
@@ -92,7 +92,7 @@ def render_day(
     poll_s: float = POLL_S,
 ) -> dict[str, Any]:
     """Render the prompts of one day. Returns: the report of the run."""
-    from ray.job_submission import JobSubmissionClient  # slow to import, and Airflow reads this file every half minute
+    from ray.job_submission import JobSubmissionClient  # slow to import, and Airflow imports this file every 30 seconds
 
     client = JobSubmissionClient(address)
     submission_id = submit(client, f"flux-nightly-{date}", [*command, date], runtime_env)

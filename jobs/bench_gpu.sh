@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Everything `flux-batch bench` says of one CUDA device at full size, in under 8 minutes, without a network.
+# Runs all benchmarks of `flux-batch bench` on one CUDA device at full size, in under 8 minutes, without a network.
 #
-#   jobs/bench_gpu.sh [FOLDER]                 figures of 12 billion random weights, one JSON file a benchmark
-#   DEVICE=cpu SIZE=tiny jobs/bench_gpu.sh     the same at a size that any machine can do
+#   jobs/bench_gpu.sh [FOLDER]                 measure with 12 billion random weights; one JSON file per benchmark
+#   DEVICE=cpu SIZE=tiny jobs/bench_gpu.sh     the same at a size for any machine
 #
-#   ONLY="kernels bf16" jobs/bench_gpu.sh      these alone
+#   ONLY="kernels bf16" jobs/bench_gpu.sh      only these benchmarks
 #
-# First come the questions that nothing but a GPU answers: which attention kernel runs, what fast accumulation and the
-# layouts of the decoder are worth, whether odd sizes are right, and the milliseconds of a step in bfloat16 and fp8, with
-# and without CUDA graphs. SGLang's own CI has 128.85 ms a step on an H100 (FLUX.1-dev, bfloat16, 1024 x 1024).
-# Needs torch, transformers and what `import flux_batch.pipeline.pipeline` takes. Leaves out what needs a package that is
-# missing, and says so. Goes from what matters most to what matters least, ends each benchmark at a limit of its own, and
-# begins nothing for which there is no time left (LIMIT_S seconds in all). It can be stopped at any point: what was
-# measured by then is in FOLDER.
+# The first benchmarks need a GPU: the attention kernel in use, the gain of fast accumulation and of the decoder's
+# memory layouts, the correctness of odd sizes, and the milliseconds of a step in bfloat16 and fp8, with and without
+# CUDA graphs. SGLang's CI measures 128.85 ms per step on an H100 (FLUX.1-dev, bfloat16, 1024 x 1024). Needs torch,
+# transformers and the other packages that `flux_batch.pipeline.pipeline` imports. Skips benchmarks whose packages are
+# missing, and says so. Runs the most important benchmarks first, ends each at its own time limit, and skips those for
+# which no time is left (LIMIT_S seconds in all). You can stop it at any point: FOLDER has all figures measured so far.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-out/bench}}
@@ -25,15 +24,15 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 mkdir -p "$out"
 : > "$out/summary.txt"
 
-# What the table at the end keeps of each benchmark.
+# The lines of each benchmark that the summary at the end repeats.
 short='^(whole call|a step|images|memory|against|attention|kernels|no fp8|decoder|[0-9]+ x|bare loops|job|Ray Data|the job|load|start|plan|noise-like, .* PNG)'
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
 
-# has PACKAGE...: whether all can be imported; found without importing them.
+# has PACKAGE...: succeeds if all packages are installed; does not import them.
 has() { "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; }
 
-# measure NAME SECONDS WHAT...: one benchmark, ended after SECONDS, if that many are left; its figures go to NAME.json.
+# measure NAME SECONDS ARGUMENTS...: runs a benchmark, if SECONDS are left, and ends it after them. Writes NAME.json.
 measure() {
     local name=$1 ends_s=$2 left_s=$((limit_s - SECONDS))
     shift 2
@@ -42,7 +41,7 @@ measure() {
         say "== $name: left out, $left_s s left of $limit_s, may take $ends_s"
         return
     fi
-    # A call of the device that hangs hears no SIGTERM, and would take the time of all others.
+    # A hanging call to the device ignores SIGTERM, and would use up the time of all other benchmarks.
     timeout --kill-after=5 "$ends_s" "$python" -m flux_batch.cli bench "$@" --json "$out/$name.json" \
         > "$out/$name.txt" 2> "$out/$name.log"
     local code=$?
@@ -58,15 +57,15 @@ measure() {
 }
 
 for package in torch transformers einops safetensors gguf fsspec pydantic yaml tenacity pyarrow PIL; do
-    has "$package" || say "$package is missing: what needs it will fail"
+    has "$package" || say "$package is missing: benchmarks that need it will fail"
 done
 
 weights=(--random-weights "$size" --device "$device")
 side=1024 steps=28 images=${IMAGES:-10}
 if [ "$size" = tiny ]; then side=64 steps=2 images=8; fi
 image=(--width "$side" --height "$side" --steps "$steps")
-# The seconds after which a benchmark is ended; guessed from 4 s an image, not measured. A pipeline makes 8 images, a job
-# twice its own and two. Cold: it compiles what no other has before it.
+# The time limits of benchmarks in seconds: guessed from 4 s per image, not measured. A pipeline benchmark makes 8
+# images, a job benchmark 2 * IMAGES + 2. `cold` is for benchmarks that compile kernels first.
 cold=${COLD_S:-150} large=100 small=60 whole=180
 
 measure kernels "$cold" kernels --random-weights "$size" --device "$device" --side "$side"
@@ -80,7 +79,7 @@ if [ "$device" = cuda ]; then
 fi
 peers=()
 if has diffusers; then peers=(--against diffusers); else say "diffusers is missing: no comparison with it"; fi
-# Each further option of the pipeline, e.g. OPTIONS="step_cache=0.1", is measured by itself.
+# Each option in OPTIONS, e.g. OPTIONS="step_cache=0.1", is measured alone.
 for option in ${OPTIONS:-}; do
     measure "bf16-$option" "$large" pipeline "${weights[@]}" "${few[@]}" --option "$option"
 done

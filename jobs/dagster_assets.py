@@ -1,10 +1,10 @@
-"""The nightly render as an asset of Dagster, a partition a day; tried with Dagster 1.13.
+"""The nightly render as a Dagster asset with daily partitions; tested with Dagster 1.13.
 
     dagster dev -f jobs/dagster_assets.py                                     fill in your names first
     dagster asset materialize -f jobs/dagster_assets.py --select images --partition 2026-11-23
 
-Dagster's machine needs flux-batch, and RAY_ADDRESS=head:6379 to run on a cluster. A retry goes on with the run of its
-day; an error that no retry could fix fails at once. What Dagster stops puts its shards in hand aside.
+Dagster's machine needs flux-batch, and RAY_ADDRESS=head:6379 to run on a cluster. A retry resumes the run of its day;
+an error that no retry can fix fails at once. A run that Dagster stops puts its unfinished shards aside.
 """
 
 import json

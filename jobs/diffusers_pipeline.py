@@ -1,15 +1,15 @@
-"""Any text-to-image pipeline of diffusers, under the same job: its class is that of `model_index.json`.
+"""Any text-to-image pipeline of diffusers as the pipeline of a job; `model_index.json` names its class.
 
     model:
       uri: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS         # or a folder
       pipeline: jobs.diffusers_pipeline:DiffusersPipeline
       pipeline_options: {variant: fp16}                   # of the class's from_pretrained
 
-Run from the folder above jobs/diffusers_pipeline.py, or with that on PYTHONPATH. diffusers, 0.42 or later, is not among
-the packages that flux-batch installs. A setting is known if the pipeline's call has an argument for it:
-`guidance_scale` of diffusers is `embedded_guidance` of a job, which accepts both spellings, also where it is the scale
-of classifier-free guidance. An image is the same whatever others are in its batch, as far as the pipeline rounds
-alike: each has a generator of its own, on the CPU.
+Run the job from the folder above jobs/diffusers_pipeline.py, or with that folder on PYTHONPATH. flux-batch does not
+install diffusers; 0.42 or later is needed. A setting is known if the pipeline's call has an argument for it. A job's
+`embedded_guidance`, also spelled `guidance_scale`, is passed as `guidance_scale`, even if that is the scale of
+classifier-free guidance. Each image has its own generator on the CPU, so it does not depend on the other images of its
+batch, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from flux_batch.config.schema import ModelConfig
 from flux_batch.errors import JobError, RowError
 
-# Our name of a setting: that of the argument of a call.
+# Our name of a setting: the argument of the pipeline's call.
 _ARGUMENTS = {
     "num_inference_steps": "num_inference_steps",
     "embedded_guidance": "guidance_scale",
@@ -36,10 +36,10 @@ _NEEDED = ("prompt", "height", "width", "generator", "output_type")
 
 
 class DiffusersPipeline:
-    """A pipeline of diffusers; `settings` are those that its call has arguments for."""
+    """A pipeline of diffusers; `settings` are those that its call accepts."""
 
     def __init__(self, model: ModelConfig, *, device: str, **options: Any) -> None:
-        """Load it from a folder or a repository, without pickles. Raises: JobError if it makes no images of text."""
+        """Load it from a folder or a repository, without pickles. Raises: JobError if it is not text-to-image."""
         from diffusers import DiffusionPipeline
 
         name = model.dtype
@@ -53,7 +53,7 @@ class DiffusersPipeline:
         parameters = inspect.signature(self._pipe.__call__).parameters
         if missing := [each for each in _NEEDED if each not in parameters]:
             raise JobError(
-                f"{model.uri}: {type(self._pipe).__name__} makes no images of text: it takes no {missing[0]}"
+                f"{model.uri}: {type(self._pipe).__name__} is not text-to-image: its call takes no {missing[0]}"
             )
         self.settings = frozenset(ours for ours, theirs in _ARGUMENTS.items() if theirs in parameters)
         guidance = parameters["guidance_scale"].default if "guidance_scale" in parameters else 0.0
@@ -62,7 +62,7 @@ class DiffusersPipeline:
     def __call__(
         self, prompt: Sequence[str], *, seed: Sequence[int], width: int, height: int, **given: Any
     ) -> list[Any]:
-        """Make one image for each prompt; those with the same scales of guidance together."""
+        """Make one image for each prompt; prompts with the same guidance share a call."""
         scales = [given.pop(name) for name in ("embedded_guidance", "cfg_scale") if name in given]
         names = [_ARGUMENTS[name] for name in ("embedded_guidance", "cfg_scale") if name in self.settings]
         negative = given.pop("negative_prompt", None)
@@ -84,12 +84,12 @@ class DiffusersPipeline:
             )
             refused = getattr(result, "nsfw_content_detected", None) or [False] * len(places)
             for place, image, is_refused in zip(places, result.images, refused, strict=True):
-                made[place] = RowError("its safety checker took the image away") if is_refused else _to_uint8(image)
+                made[place] = RowError("the safety checker removed the image") if is_refused else _to_uint8(image)
         return made
 
 
 def _to_uint8(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an image of diffusers, (h, w, 3) in [0, 1], rounded as it rounds."""
+    """Return an image of diffusers, (h, w, 3) in [0, 1], as uint8, rounded as diffusers does."""
     if not np.isfinite(image).all():
-        raise RowError("the image is not a number everywhere: another dtype may hold it")
+        raise RowError("the image has values that are not finite: try another dtype")
     return (image * 255).round().astype(np.uint8)

@@ -1,9 +1,9 @@
-"""The nightly render as a flow of Prefect; tried with Prefect 3.9.
+"""The nightly render as a Prefect flow; tested with Prefect 3.9.
 
     python jobs/prefect_flow.py            serves it every night at 02:00; fill in your names first
 
-Prefect's machine needs flux-batch, and RAY_ADDRESS=head:6379 to run on a cluster. A retry goes on with the run of its
-day; an error that no retry could fix fails at once. What Prefect cancels puts its shards in hand aside.
+Prefect's machine needs flux-batch, and RAY_ADDRESS=head:6379 to run on a cluster. A retry resumes the run of its day;
+an error that no retry can fix fails at once. A run that Prefect cancels puts its unfinished shards aside.
 """
 
 import json
@@ -22,11 +22,11 @@ FINAL = {
 
 
 class CannotBeMended(Exception):
-    """An end that the same command would come to again."""
+    """A failure that would happen again on a retry."""
 
 
 def may_retry(task: Any, task_run: Any, state: Any) -> bool:
-    """Return whether another try may end otherwise."""
+    """Return whether another try may succeed."""
     return not isinstance(state.result(raise_on_failure=False), CannotBeMended)
 
 
@@ -48,7 +48,7 @@ def render_day(day: str, command: Sequence[str] = COMMAND) -> dict[str, Any]:
 
 @flow(name="flux-nightly")
 def flux_nightly(day: str | None = None) -> dict[str, Any]:
-    """Render the prompts of a day: the one that the flow was scheduled for, the same for every try."""
+    """Render the prompts of a day: by default the scheduled day, which is the same for every try."""
     return render_day(day or runtime.flow_run.scheduled_start_time.date().isoformat())
 
 

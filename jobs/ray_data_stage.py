@@ -1,14 +1,14 @@
-"""FLUX as one stage of a Ray Data pipeline: an alternative to a job if images go on to further stages.
+"""FLUX as one stage of a Ray Data pipeline: an alternative to a job if further stages use the images.
 
     python jobs/ray_data_stage.py jobs/demo.yaml out/images
     ray job submit --working-dir . -- python jobs/ray_data_stage.py jobs/nightly.yaml s3://bucket/images \
         --logical-date 2026-11-23
 
 Streams the Parquet files of `prompts.uri` through the model and writes Parquet with an `image` column (encoded bytes),
-its `seed` and `sha256`, and `status`, `error_type` and `error_message`, since a row that fails stays a row. The same
-ids and seeds give the images of `flux-batch run`. Unlike a job, a Ray Data pipeline does not resume, does not write
-each image exactly once, and does not wait while storage is unavailable: a second run makes every image again, and needs
-another output folder.
+its `seed` and `sha256`, and `status`, `error_type` and `error_message`, since a failed row is kept. The same ids and
+seeds give the images of `flux-batch run`. Unlike a job, a Ray Data pipeline does not resume, does not write each image
+exactly once, and does not wait while storage is unavailable: a second run makes every image again, and needs another
+output folder.
 
 Credentials of buckets come from the environment: Ray Data and Arrow ignore `storage_options`.
 """
@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from flux_batch import FluxMapper, JobConfig, load_job
 
-# Rows of one call, which are made again together if their worker is lost: some minutes of a GPU.
+# Rows per call. If a worker is lost, they are all made again, which takes a GPU some minutes.
 ROWS_PER_CALL = 64
 
 
@@ -51,7 +51,10 @@ def with_images(prompts: Dataset, config: JobConfig) -> Dataset:
 
 
 def gpus_of_a_worker(config: JobConfig) -> float:
-    """Return the GPUs of a worker: none on this machine where it has none; a cluster may have to start a node first."""
+    """Return the GPUs of a worker.
+
+    This is 0 on this machine if it has no GPU. A cluster may still start a node with one.
+    """
     is_here = os.environ.get("RAY_ADDRESS", "") in ("", "local")
     return 0 if is_here and not ray.cluster_resources().get("GPU") else config.workers.num_gpus
 

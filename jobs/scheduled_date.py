@@ -1,9 +1,10 @@
-"""The scheduled date of a Kubernetes object, read from its name, which a retry shares.
+"""The scheduled date of a Kubernetes object, read from its name, which is the same for every retry.
 
     python jobs/generate.py nightly.yaml --logical-date "$(python jobs/scheduled_date.py flux-batch-nightly-29732760)"
 
-A CronJob calls its Jobs NAME-MINUTES, the minutes since 1970 of the scheduled time; a RayCronJob does so with its
-RayJobs, whose submitting Jobs are called as they are, and whose clusters are called NAME-MINUTES-LETTERS.
+A CronJob names its Jobs NAME-MINUTES, where MINUTES are the minutes from 1970 to the scheduled time. A RayCronJob names
+its RayJobs in the same way. The Job that submits a RayJob has the same name, and its cluster is named
+NAME-MINUTES-LETTERS.
 """
 
 import re

@@ -21,27 +21,27 @@ from helpers.s3 import Bucket, S3Server, moto_server, rclone_server, tls_server
 
 # Workers of a local cluster import the helpers of this folder by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-# Tiny models are quicker on one thread, and processes side by side do not fight over the cores.
+# Tiny models are faster on one thread, and parallel processes then do not compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A process of torch's that compiles for this one would first import it all again.
+# torch's extra compile processes would first have to import everything again.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Nothing here may look for a hub.
+# No test may ask the real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# As many shares of a core as everybody has: workers of Ray would stand still wherever something else is busy.
+# Normal priority: Ray gives its workers a lower one, at which they would stand still on a busy machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# No machine is too slow for an example.
+# No deadline for an example of hypothesis, since a machine may be slow.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-# A shell that starts the suite in its background lets it ignore SIGINT, and nohup lets it ignore SIGHUP. Every process
-# that a test starts would inherit that.
+# A shell that runs the suite in the background makes it, and all its child processes, ignore SIGINT; nohup does so with
+# SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Folders of whole runs, processes, servers and models; a test elsewhere that takes seconds is marked by itself.
+# Folders with tests of whole runs, processes, servers and models. Slow tests in other folders have their own mark.
 SLOW_FOLDERS = frozenset(
     {"bench", "chaos", "cluster", "dataset", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"}
 )
@@ -75,13 +75,13 @@ LONGEST = [
 ]
 TESTS = Path(__file__).parent
 S3_FIXTURES = frozenset({"moto", "rclone", "tls", "s3_store"})
-# No second driver is about, so nobody has to wait for one where writes are not conditional.
+# There is no second driver to wait for where writes are not conditional.
 SETTLE_S = 0.1
 S3_SERVERS = [pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone")]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test that starts an S3 server, by the fixtures it asks for itself or through others; and what is slow."""
+    """Mark tests that use an S3 server, directly or by other fixtures, and slow tests."""
     if not S3_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.s3)
     folder = item.path.relative_to(TESTS).parts[0]
@@ -91,21 +91,23 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave the folders alone of which no test would be run: to import them takes longer than many tests."""
+    """Skip folders without quick tests for `-m "not slow"`: importing them takes longer than many tests."""
     is_left_out = collection_path.parent == TESTS and collection_path.name in SLOW_FOLDERS
     return True if is_left_out and config.option.markexpr == "not slow" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first: begun last, one of them would keep a single core busy at the end."""
+    """Run the longest files first, since one that begins last would keep a single core busy at the end."""
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, Any, Any]:
-    """Take what is imported for the tests out of the garbage collection: looked through again and again, it costs
-    more than many tests."""
+    """Exclude the objects imported during collection from garbage collection.
+
+    Scanning them again and again would take longer than many tests.
+    """
     gc.disable()
     try:
         return (yield)
@@ -138,7 +140,7 @@ def rclone() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def tls(moto: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """An S3 server over TLS, with a certificate of its own, that wants the length of what it gets beforehand."""
+    """An S3 server over TLS with its own certificate, which refuses bodies without a length."""
     with tls_server(moto, tmp_path_factory.mktemp("tls")) as server:
         yield server
 
@@ -153,14 +155,14 @@ def s3_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def drive() -> Iterator[Drive]:
-    """Start a driver (see Driver for the arguments); none of them outlives the test."""
+    """A function that starts a driver (see Driver for the arguments); all are killed at the end of the test."""
     with ExitStack() as started:
         yield lambda *arguments, **options: started.enter_context(Driver(*arguments, **options))
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Both model hubs, on loopback, with this process pointed at them and an empty cache."""
+    """Both model hubs, on loopback, used by this process with an empty cache."""
     with hub_server() as server:
         point_at(server, monkeypatch, tmp_path / "cache")
         yield server

@@ -1,4 +1,4 @@
-"""The house, checked from its source: who imports whom, where each third-party package lives, how large a file gets."""
+"""Checks of the source: imports between folders, the home of third-party packages, the size of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flux_batch"
 
 BOTTOM = {"errors", "records", "redaction", "sampling_params"}
-# Each unit of the package, a folder or a file at its top, and what it may import of the others. Only downwards.
+# Each unit of the package, a folder or a file at its top, and the units it may import. Imports only go down.
 LADDER: dict[str, set[str]] = {
     "redaction": set(),
     "errors": {"redaction"},
@@ -30,24 +30,24 @@ LADDER: dict[str, set[str]] = {
     "model": set(),
     "storage": BOTTOM,
     "demo": set(),
-    # `demo` is the address of a model too, the packaged one, which needs no download: only its path is asked for.
+    # `demo` is also the address of the packaged model, which needs no download: only its path is used.
     "download": BOTTOM | {"demo", "model", "storage", "telemetry"},
     "prompts": BOTTOM | {"config", "images", "storage"},
     "output": BOTTOM | {"config", "images", "storage"},
     "pipeline": BOTTOM | {"config", "download", "images", "model"},
-    # Shards are called as the output calls their files; what a run needs of memory is read from its model.
+    # The names of shards come from the output, and the memory of a run is estimated from its model.
     "plan": BOTTOM | {"config", "download", "model", "output", "prompts"},
     "engine": BOTTOM | {"logs", "telemetry"},
     "worker": BOTTOM | {"config", "images", "output", "prompts", "storage", "telemetry"},
     "report": BOTTOM | {"config", "images", "output", "plan", "storage", "telemetry"},
-    # A worker without shards: the same parts, in somebody's data pipeline.
+    # A worker without shards: the same parts in a user's data pipeline.
     "mapper": BOTTOM | {"config", "dataset/annotators", "images", "output", "pipeline", "prompts", "worker"},
-    # The run that is in an output; `worker` for what the first worker settled.
+    # Reads the run in an output; `worker` for the choices of the first worker, such as its dtype.
     "resume": BOTTOM | {"config", "download", "output", "plan", "prompts", "report", "storage", "worker"},
     "job": BOTTOM
     | {"config", "dataset/annotators", "demo", "download", "engine", "output", "pipeline", "plan", "prompts"}
     | {"report", "resume", "storage", "telemetry", "worker"},
-    # The annotators in the package, which a job may use as scores too.
+    # The packaged annotators, which a job may also use as scores.
     "dataset/annotators": BOTTOM | {"config", "demo", "download", "images", "pipeline"},
     "dataset": BOTTOM
     | {"config", "dataset/annotators", "engine", "images", "output", "plan", "report", "storage", "telemetry"},
@@ -88,13 +88,13 @@ LADDER: dict[str, set[str]] = {
     },
     "__init__": {"config", "download", "job", "mapper", "pipeline"},
     "__main__": {"cli"},
-    # Programs of their own, `python -m flux_batch.demo.train` and so on: they stand above what they make and judge.
+    # Separate programs, such as `python -m flux_batch.demo.train`, which use the parts that they train and judge.
     "demo/train": BOTTOM | {"demo", "model", "pipeline"},
     "demo/score": BOTTOM | {"demo", "pipeline"},
     "demo/score_conditions": BOTTOM | {"demo", "pipeline"},
 }
 PROGRAMS = ("demo/train", "demo/score", "demo/score_conditions")
-# Folders within a folder that have a rung of their own.
+# Folders within a folder that have their own entry in the ladder.
 PARTS = (*PROGRAMS, "dataset/annotators")
 TENSORS = ("model/", "pipeline/", "demo/", "bench/", "dataset/annotators/")
 HOMES: dict[str, tuple[str, ...]] = {
@@ -107,7 +107,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("model/", "demo/"),
     "sentencepiece": ("model/", "demo/"),
     "filelock": ("download/", "storage/scratch.py"),
-    # Its cache is shared with other programs; what goes into a folder of the user's is read by our own transfer.
+    # Downloads into its cache, which other programs share; our own transfer downloads into a user's folder.
     "huggingface_hub": ("download/", "dataset/publish/hub.py", "dataset/publish/publish.py"),
     "tqdm": ("download/transfer.py",),
     "fsspec": ("storage/", "prompts/", "download/"),
@@ -124,16 +124,16 @@ HOMES: dict[str, tuple[str, ...]] = {
     "jinja2": ("report/template.py", "prompts/template.py"),
     "PIL": ("images.py", "prompts/", "pipeline/", "dataset/", "report/gallery/", "demo/", "bench/"),
     "numpy": ("images.py", "dataset/", "mapper.py", "report/gallery/", *TENSORS),
-    # What is measured beside ours; no need of a run.
+    # Used in benchmarks for comparison; no run needs them.
     "diffusers": ("bench/pipeline/peer.py",),
     "cv2": ("bench/encode.py",),
     "pydantic": ("config/",),
     "pydantic_core": ("config/",),
     "yaml": ("config/",),
 }
-# A file that does not fit into the head is two; the composition roots are where it starts.
+# A longer file is too large to understand and must be split; files that compose all others grow first.
 MAX_LINES = 500
-# So is a listing: files and folders, without the demo's data and what Python writes.
+# The most entries of a folder, without the demo's data and Python's caches.
 MAX_AT_TOP, MAX_IN_FOLDER = 28, 13
 DATA = {"__pycache__", "flux-demo"}
 
@@ -153,7 +153,7 @@ def nodes_of(path: Path) -> list[ast.AST]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the full name and the line of everything a file imports, at whatever depth."""
+    """Yield the full name and the line of every import of a file, also within functions."""
     for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -168,13 +168,13 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def unit_of(path: str) -> str:
-    """Return the unit a file or module belongs to: the first part of its path, but for those in PARTS."""
+    """Return the unit of a file or module: the first part of its path, or a longer one in PARTS."""
     path = path.removesuffix(".py")
     return next((part for part in PARTS if f"{path}/".startswith(f"{part}/")), path.split("/")[0])
 
 
 def violations(root: Path = PACKAGE) -> list[str]:
-    """List what breaks the ladder or leaves its home."""
+    """List the imports that break the ladder or leave the home of a package."""
     found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -257,13 +257,13 @@ def test_every_listing_fits_into_the_head() -> None:
         assert len(entries) <= (MAX_AT_TOP if folder == PACKAGE else MAX_IN_FOLDER), f"{folder}: {entries}"
 
 
-# Names that keep no underscore though one file alone uses them: of logging, of typing, and of programs, whose command
-# lines the test of the pages parses.
+# Names that need no underscore although only one file uses them: of logging, of typing, and of programs, whose
+# `parse_arguments` the test of the pages calls.
 CONVENTIONAL = {"log", "T", "parse_arguments"}
 
 
 def module_of(path: Path, root: Path) -> str:
-    """Return the name of the module that a file is."""
+    """Return the module name of a file."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -280,7 +280,7 @@ def top_level_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def dotted(node: ast.expr) -> str:
-    """Return `a.b.c` of such an expression; empty if it is another one."""
+    """Return an expression such as `a.b.c` as text, empty for any other expression."""
     if isinstance(node, ast.Attribute) and (before := dotted(node.value)):
         return f"{before}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
@@ -289,7 +289,7 @@ def dotted(node: ast.expr) -> str:
 def uses(path: Path, modules: set[str]) -> set[tuple[str, str]]:
     """Return the (module, name) pairs of the package that a file imports, reads from a module, or names in a string."""
     found: set[tuple[str, str]] = set()
-    imported: dict[str, str] = {}  # what a module is called here
+    imported: dict[str, str] = {}  # local name -> module
     nodes = nodes_of(path)
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for node in nodes:
@@ -315,7 +315,7 @@ def uses(path: Path, modules: set[str]) -> set[tuple[str, str]]:
 
 
 def misnamed(root: Path = ROOT) -> list[str]:
-    """List the names of the package that have an underscore and are used elsewhere, or have none and are not."""
+    """List names with an underscore that other files use, and names without one that no other file uses."""
     folders = ("flux_batch", "tests", "jobs", "cluster")
     paths = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
     modules = {module_of(path, root): path for path in paths if path.is_relative_to(root / "flux_batch")}
@@ -362,14 +362,14 @@ def test_names_are_told_apart_by_who_uses_them(tmp_path: Path, test: str, found:
     assert [line[: len(start)] for line, start in zip(misnamed(tmp_path), found, strict=True)] == found
 
 
-# A docstring is a sentence, not a riddle: its first word is a verb such as Return, or begins a noun phrase.
+# A docstring begins with a verb such as Return, or with a noun phrase, but not with one of these words.
 RIDDLES = {"Of", "What", "Which", "How", "Where", "Whether", "That"}
 RIDDLES |= {"Tell", "Give", "Say", "Name", "Let", "Have", "Lay"}
 MAX_FIRST_SENTENCE_WORDS = 15
 
 
 def riddles(root: Path = PACKAGE) -> Iterator[str]:
-    """Yield the docstrings that begin with a riddle, or whose first sentence is long."""
+    """Yield the docstrings that begin with a word of RIDDLES, or whose first sentence is long."""
     for path in sorted(root.rglob("*.py")):
         for node in nodes_of(path):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not ast.get_docstring(node):

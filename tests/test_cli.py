@@ -285,7 +285,7 @@ def test_plan_knows_the_work_of_flux_dev(tmp_path: Path, capsys: pytest.CaptureF
     job = write_job(make_job(tmp_path, model={"uri": str(tmp_path / "absent")}), tmp_path / "job.yaml")
     size = ["sampling.width=1024", "sampling.height=1024", "sampling.num_inference_steps=28"]
     out = flux_batch(capsys, "plan", job, "--json", *(word for each in size for word in ("--set", each)))[1]
-    # 74.38 TFLOP a step, of which the 57 blocks are all but the embedders and the last layer.
+    # 74.38 TFLOP per step, for the 57 blocks without the embedders and the last layer.
     assert json.loads(out)["pflop_per_image"] == pytest.approx(28 * 74.38e-3, rel=0.005)
 
 
@@ -327,7 +327,7 @@ def test_gallery_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFi
             f"contact sheet {out}/_run/gallery/contact-sheet.jpg",
         ]
         page = (out / "_run/gallery/index.html").read_text()
-        # In a single file under each of them, and once in what is the same for all.
+        # A single file names the model once under each image, and once among the values that all images share.
         assert page.count("<dt>model</dt>") == (4 + 1 if single else 0)
         for options, sentence in ((["--max-images", "0"], "must be from 1 to"), (["--columns", "x"], "no such column")):
             code, said, err = flux_batch(capsys, "gallery", out, *options, *single)
@@ -474,7 +474,7 @@ def test_a_closed_terminal_stops_a_run_in_order(tmp_path: Path) -> None:
 
     def is_committed() -> bool:
         with suppress(BlockingIOError):
-            os.read(terminal, 1 << 16)  # or what is drawn would have no room
+            os.read(terminal, 1 << 16)  # otherwise the terminal's buffer would be full
         return len(commits(tmp_path / "out")) == 1
 
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The pages: each job file, command line, link, path and table in them is tried, and each check can fail."""
+"""Checks each job file, command line, link, path and table of the pages, and that each check can fail."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("flux_batch", "jobs", "cluster", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 MAX_README_LINES, MAX_SKILL_LINES = 180, 80
-# What a fragment of a job file lacks.
+# Completes a fragment of a job file.
 MINIMAL: dict[str, Any] = {"prompts": {"uri": "demo"}, "output": {"uri": "out"}, "model": {"uri": "demo"}}
 LANGUAGES = {"sh", "yaml", "json", "python", "text"}
-# Programs of others, whose command lines are theirs to check.
+# Programs of others, whose command lines are not checked.
 FOREIGN_PROGRAMS = {"export", "pip", "source"}
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*")
@@ -48,7 +48,7 @@ SETTING = re.compile(rf"({'|'.join(JobConfig.model_fields)})((?:\.\w+)+)(?:: .*)
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page in Markdown, taken apart. `path` is where relative links start from."""
+    """A parsed page in Markdown. `path` is the file from which relative links start."""
 
     text: str
     path: Path = ROOT / "README.md"
@@ -85,7 +85,7 @@ class Page:
 
 
 def unknown_languages(page: Page) -> Iterator[str]:
-    """Yield the languages of blocks that no check reads: what is in such a block could be anything."""
+    """Yield the languages of blocks that no check reads, since such a block could contain anything."""
     return (
         f"```{name}: must be one of {', '.join(sorted(LANGUAGES))}" for name, _ in page.blocks if name not in LANGUAGES
     )
@@ -103,7 +103,7 @@ def broken_jobs(page: Page) -> Iterator[str]:
 def completed(fragment: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job file: a fragment over the minimal job."""
     sections = {name: {**MINIMAL.get(name, {}), **section} for name, section in fragment.items() if is_section(section)}
-    if "rows" in sections.get("prompts", {}):  # instead of files
+    if "rows" in sections.get("prompts", {}):  # `rows` replaces `uri`
         del sections["prompts"]["uri"]
     return {**MINIMAL, **fragment, **sections}
 
@@ -168,7 +168,7 @@ def wrong_with_arguments(arguments: list[str]) -> Iterator[str]:
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace | str:
-    """Parse a command line. Returns: the arguments, or what the parser says of them."""
+    """Parse a command line. Returns: the arguments, or the parser's error."""
     said: list[str] = []
 
     def refuse(self: argparse.ArgumentParser, message: str) -> None:
@@ -199,7 +199,7 @@ def wrong_with_program(module: str, arguments: list[str]) -> Iterator[str]:
 
 
 def broken_links(page: Page) -> Iterator[str]:
-    """Yield the relative links that lead to no file of the repository or to no heading of a page."""
+    """Yield the relative links without a file in the repository or a heading in a page."""
     for link in page.links:
         if re.match(r"\w+:", link):
             continue
@@ -214,9 +214,9 @@ def broken_links(page: Page) -> Iterator[str]:
 
 
 def missing_paths(page: Page) -> Iterator[str]:
-    """Yield the paths of the repository that a page names, in prose or blocks, and that are not there.
+    """Yield the missing paths of the repository that a page names, in prose or blocks.
 
-    NAME stands for a name that is the reader's to choose.
+    NAME stands for a name that the reader chooses.
     """
     for path in PATH.findall(page.text):
         if "NAME" not in path and not (ROOT / path.rstrip(".")).exists():
@@ -224,7 +224,7 @@ def missing_paths(page: Page) -> Iterator[str]:
 
 
 def unknown_settings(page: Page) -> Iterator[str]:
-    """Yield the code spans that name a key of the job file, as `failures.max_ratio`, which has none."""
+    """Yield the code spans that look like a key of the job file, such as `failures.max_ratio`, but are none."""
     for span in page.spans:
         if (found := SETTING.fullmatch(span)) and not has_key(JobConfig, [found[1], *found[2].strip(".").split(".")]):
             yield f"{span}: no such key of the job file"
@@ -234,7 +234,7 @@ def has_key(section: Any, keys: list[str]) -> bool:
     """Return whether a section of the job file has a key, given as the names on the way to it."""
     if not keys:
         return True
-    if type(None) in get_args(section):  # a section that may be left out
+    if type(None) in get_args(section):  # an optional section
         section = get_args(section)[0]
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return False
@@ -243,7 +243,7 @@ def has_key(section: Any, keys: list[str]) -> bool:
 
 
 def broken_code(page: Page) -> Iterator[str]:
-    """Yield what is wrong with the Python of a page: grammar, imports of ours, arguments of the pipeline."""
+    """Yield what is wrong with the Python of a page: syntax, imports of flux_batch, arguments of the pipeline."""
     for text in page.of_language("python"):
         try:
             nodes = list(ast.walk(ast.parse(text)))
@@ -261,7 +261,7 @@ def broken_code(page: Page) -> Iterator[str]:
 
 
 def unknown_keywords(call: ast.Call) -> Iterator[str]:
-    """Yield the keyword arguments that the pipeline does not have, of a call of it or of its loading."""
+    """Yield the unknown keyword arguments in a call of the pipeline or of `from_pretrained`."""
     from flux_batch import FluxImagePipeline
 
     name = ast.unparse(call.func)
@@ -284,7 +284,7 @@ def broken_json(page: Page) -> Iterator[str]:
 
 
 def unknown_annotations(page: Page) -> Iterator[str]:
-    """Yield the columns of built-in annotators, as `exposure.is_blank`, that those do not write."""
+    """Yield columns of built-in annotators, such as `exposure.is_blank`, that they do not write."""
     text = "\n".join([*page.spans, *(text for _, text in page.blocks)])
     for name, column in re.findall(rf"\b({'|'.join(BUILT_IN)})\.([a-z_]+)\b", text):
         if column not in {*annotation_columns()[name], "error_type", "error_message"}:
@@ -292,7 +292,7 @@ def unknown_annotations(page: Page) -> Iterator[str]:
 
 
 def unmade_annotations(page: Page) -> Iterator[str]:
-    """Yield the columns by which a page selects images without a command of the page that annotates them."""
+    """Yield the commands of a page that select images by columns which no command of the page writes."""
     lines = "\n".join(page.of_language("sh")).replace("\\\n", " ").splitlines()
     annotators = {name for line in lines for name in re.findall(r"--with ([a-z]+)\b", line)}
     for line in lines:
@@ -488,7 +488,7 @@ def test_pages_and_their_images_are_not_packed() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packed = [path for pattern in tools["package-data"]["flux_batch"] for path in (ROOT / "flux_batch").glob(pattern)]
     assert {path.suffix for path in packed} >= {".parquet", ".safetensors"}
-    assert [path.name for path in packed if path.suffix in (".md", ".webp")] == ["SKILL.md"]  # which a command prints
+    assert [path.name for path in packed if path.suffix in (".md", ".webp")] == ["SKILL.md"]  # `skill` prints it
 
 
 def test_the_page_for_agents_has_the_exit_codes_and_keys_of_a_skill() -> None:

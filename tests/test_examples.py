@@ -1,4 +1,4 @@
-"""The examples in docstrings: each is run, in a folder with prompts and a finished run."""
+"""Runs each example in a docstring, in a folder with prompts and a finished run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from helpers.fakes import make_fake_pipeline
 from helpers.job_files import make_job
 from helpers.reference import PACKAGE, public_modules
 
-# Lines of a docstring that are further right than its text, after an empty line.
+# Indented lines of a docstring after an empty line.
 _BLOCK = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n(?:\n(?= {4}))*)+")
 
 
 class Example(NamedTuple):
-    """The code in one docstring: `blocks` are what is further right than its text; `text` has what >>> begins."""
+    """The code in one docstring: `blocks` are its indented blocks; `text` has the lines with >>>."""
 
     module: str
     name: str
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 
 def is_code(block: str) -> bool:
-    """Return whether a block is Python that does something; tables and trees of files are not."""
+    """Return whether a block is Python code with an effect, not a table or a tree of files."""
     try:
         nodes = list(ast.walk(ast.parse(block)))
     except SyntaxError:

@@ -49,7 +49,7 @@ def encoded(image_type: str, prompt: str = "a cat", **settings: Any) -> bytes:
 
 
 def xmp_of(data: bytes) -> ElementTree.Element:
-    """Parse the XMP packet, which every reader of labels looks for."""
+    """Return the parsed XMP packet, in which readers of labels look."""
     with Image.open(io.BytesIO(data)) as opened:
         packet = opened.info.get("xmp") or opened.info["XML:com.adobe.xmp"]
     root = ElementTree.fromstring(packet)

@@ -56,7 +56,7 @@ def test_the_report_tells_the_next_stage_what_the_run_came_to(tmp_path: Path) ->
 
     class Stopping(FakePipeline):
         def __call__(self, *args: Any, **others: Any) -> Any:
-            stop.request("enough")  # after the shard in hand, which is one batch
+            stop.request("enough")  # stops after the current shard, which is one batch
             return super().__call__(*args, **others)
 
     with pytest.raises(Interrupted, match="1 of 2 shards are committed"):
@@ -99,11 +99,11 @@ def test_a_run_stops_in_order_when_it_has_had_its_hours(
     status = read_status(Store(str(tmp_path / "out")))
     assert "is reached; the same command with a higher limit continues" in status["stopped_by"]
     assert f"state    stopped: {status['stopped_by']}" in format_status(status)
-    with pytest.raises(JobError, match=words) as again:  # or who retries 75 would retry for ever
+    with pytest.raises(JobError, match=words) as again:  # otherwise a scheduler that retries 75 would retry for ever
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, **cost)  # nothing is begun again
     assert again.value.exit_code == 2
     hint = "workers.max_gpu_hours = 1e-09 is reached; the same command with a higher limit continues"
-    assert foresee(config)[2] == ([hint] if limit else [])  # so that `plan` says it
+    assert foresee(config)[2] == ([hint] if limit else [])  # `plan` says it
     assert read_status(Store(str(tmp_path / "out")))["stopped_by"] == status["stopped_by"]
     more = config.model_copy(update={"workers": config.workers.model_copy(update={"max_gpu_hours": None})})
     report = render(more)
@@ -117,7 +117,7 @@ def test_a_limit_that_is_reached_keeps_the_images_that_failed(tmp_path: Path) ->
     render(config)
     with pytest.raises(JobError, match="--max-cost 1e-12 is reached: 1 of 1 shards are committed"):
         run(config, engine=LocalEngine(), make_pipeline=no_pipeline, retry_failed=True, price=1, max_cost=1e-12)
-    assert render(config).num_failed == 1  # it is complete as it was
+    assert render(config).num_failed == 1  # the run is still complete
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_run_is_not_resumed_with_another_list_of_a_sampler(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("left", ["", "_SUCCESS"])
 def test_a_driver_killed_at_its_last_writes_is_cleared_up_after(tmp_path: Path, left: str) -> None:
-    """Killed in the middle of a write, before or after the last object of the run was there."""
+    """The driver is killed in the middle of a write, before or after the last object of the run."""
     config = make_job(tmp_path)
     render(config)
     half = tmp_path / "out/_run/tmp/half"
@@ -216,7 +216,7 @@ class TestOnThisMachine:
         run(config, make_pipeline=make_fake_pipeline)
         assert pools == [0]
         assert caplog.text.count("there is no GPU on this machine: the workers run on its CPU") == is_said
-        assert f"num_gpus: {float(num_gpus)}" in (tmp_path / "out/_run/job.yaml").read_text()  # as it was asked for
+        assert f"num_gpus: {float(num_gpus)}" in (tmp_path / "out/_run/job.yaml").read_text()  # as requested
         assert json.loads((tmp_path / "out/_run/report.json").read_text())["gpu_s_of_run"] == 0
 
     def test_a_preview_runs_on_the_cpu_and_counts_no_gpu(
@@ -277,7 +277,7 @@ def test_run_takes_the_path_of_a_job_file(tmp_path: Path) -> None:
 
 
 def test_a_job_made_in_python_is_taken_as_it_stands(tmp_path: Path) -> None:
-    """Only a job file is of a date: in the address of a run that is made in Python, braces are braces."""
+    """Only a job file has placeholders for a date; in an address given in Python, braces are literal."""
     config = make_job(tmp_path, output={"uri": str(tmp_path / "out-{date}")})
     render(config)
     assert render(config).num_new_images == 0
@@ -316,7 +316,7 @@ def test_a_damaged_prompts_file_costs_its_own_shards_and_is_named(tmp_path: Path
     good = write_prompts(tmp_path / "set/a.parquet", [{"prompt": f"image {number}"} for number in range(4)])
     bad = write_prompts(tmp_path / "set/b.parquet", [{"prompt": f"image {number}" * 40} for number in range(4)])
     data = bad.read_bytes()
-    bad.write_bytes(data[:20] + b"\xff" * 40 + data[60:])  # within the first page: the footer still reads
+    bad.write_bytes(data[:20] + b"\xff" * 40 + data[60:])  # within the first page, so that the footer is still readable
     config = make_job(tmp_path, prompts={"uri": str(tmp_path / "set")})
     report = render(config)
     assert (report.num_committed, report.num_images, report.exit_code) == (1, 4, 1)
@@ -368,7 +368,7 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, monkeypa
     config = make_job(tmp_path)
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/holiday.jpg").write_bytes(b"mine")
-    monkeypatch.setattr(Store, "list", None)  # there may be ten million
+    monkeypatch.setattr(Store, "list", None)  # an output may have ten million objects
     with pytest.raises(JobError, match=r"holds train/holiday\.jpg, but no run"):
         render(config)
 

@@ -1,4 +1,4 @@
-"""A run that is killed before any of its writes, and begun again."""
+"""A run that is killed before each of its writes, and started again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
-    """Let the process die just before the `step`-th write to the store. Returns: how many writes there were."""
+    """Raise Killed just before write number `step` to the store. Returns: a function that counts the writes."""
     count = 0
 
     def counting(real: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +55,7 @@ def test_a_run_killed_before_any_write_ends_in_the_same_bytes(
     sections: dict[str, Any] = {"output": {"format": layout, "shard_size": 3}, "failures": {"max_ratio": 1.0}}
     render(make_job(tmp_path / "whole", rows, **sections))
     whole = data_files(tmp_path / "whole/out")
-    for step in count(1 + first % every, every):  # each layout has its share of them
+    for step in count(1 + first % every, every):  # each layout tests its share of the writes
         config = make_job(tmp_path / str(step), rows, **sections)
         with monkeypatch.context() as patch:
             kill_at(patch, step)

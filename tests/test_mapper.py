@@ -1,4 +1,4 @@
-"""The stage for data pipelines, called as Ray Data calls it; jobs/ray_data_stage.py is run in tests/end_to_end."""
+"""FluxMapper, called as Ray Data calls it; tests/end_to_end runs jobs/ray_data_stage.py."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_rows_hold_plain_values_of_the_requested_columns() -> None:
 
 
 def test_a_cell_that_cannot_be_read_costs_its_row() -> None:
-    """As in a job: Arrow promises UTF-8, and does not look."""
+    """As in a job: Arrow declares text as UTF-8, but does not check it."""
     ends, data = np.array([0, 1, 2], np.int32), pa.py_buffer(b"a\xff")
     prompts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), data])
     ids = pa.array([253402300800, None], pa.timestamp("s"))  # the year 10000
@@ -277,7 +277,7 @@ def test_a_cell_that_cannot_be_read_costs_its_row() -> None:
 
 
 def test_a_column_of_lists_is_one_in_numpy_too(tmp_path: Path) -> None:
-    """Ray Data hands over arrays in an array of objects, in the format that it has by default."""
+    """In its default format, Ray Data passes lists as arrays in an array of objects."""
     for name in ("red", "blue"):
         Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
     lists = [["red.png", "blue.png"], ["blue.png"], [], None]
@@ -322,7 +322,7 @@ def test_columns_of_any_type_of_arrow_come_along(other: pa.Array) -> None:
 
 
 def test_no_array_has_more_images_than_arrow_has_room_for() -> None:
-    """An array holds 2 GiB, which a thousand images of 1024 x 1024 exceed; so do their rows, if they have images."""
+    """An array holds at most 2 GiB, but a thousand images of 1024 x 1024 need more, as do rows with images."""
     rows = [number // 4 for number in range(400)]
     batch = pa.table({"prompt": list(map(str, range(100))), "input_image": [b"before"] * 100})
 

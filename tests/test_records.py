@@ -11,7 +11,7 @@ from flux_batch.records import FileRange, ImageRecord, InputImage, RowImages, Sh
 
 
 def test_seeds_stay_what_they_are_for_ever() -> None:
-    """A change here would give every run of every user other images."""
+    """If these seeds change, every run of every user makes different images."""
     assert image_seed(0, "p.parquet:0", 0) == 8008297008445437
     assert len({image_seed(run, row, index) for run in (0, 1) for row in ("", "1", "11") for index in (0, 1, 11)}) == 18
 

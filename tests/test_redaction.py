@@ -1,4 +1,4 @@
-"""What may be a secret is written nowhere, and what is none stays readable."""
+"""Values that may be secret are never written, and all others stay readable."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_options_are_written_by_a_list_of_those_that_are_public() -> None:
 
 
 def test_addresses_among_options_are_public_under_any_name() -> None:
-    """Options are those of an annotator or a pipeline of somebody's own, and written into the job.yaml of a run."""
+    """The options of users' annotators and pipelines are written into the job.yaml of a run."""
     options = {
         "model": "https://h/m?sig=hush",
         "heads": ["s3://k:hush@b/x", "why?"],

@@ -1,4 +1,4 @@
-"""A run that takes in prompt files which are new since it was planned, or that gives way to another."""
+"""A run that adds prompt files which arrived after it was planned, or that gives way to another run."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def no_pipeline(model: ModelConfig) -> FakePipeline:
 
 
 def folder_job(folder: Path, *names: str, **sections: dict[str, Any]) -> JobConfig:
-    """A job over a folder of prompt files, five rows a file."""
+    """Return a job over a folder of prompt files with five rows each."""
     for name in names:
         write_prompts(folder / f"prompts/{name}.parquet", [{"prompt": f"{name} {number}"} for number in range(5)])
     return make_job(folder, prompts={"uri": str(folder / "prompts")}, **sections)
@@ -40,7 +40,7 @@ def extend(config: JobConfig) -> RunReport:
 @pytest.mark.parametrize("layout", ["webdataset", "files", "parquet"])
 def test_new_prompt_files_are_taken_in_and_nothing_else_is_touched(tmp_path: Path, layout: str) -> None:
     config = folder_job(tmp_path, "monday", output={"format": layout})
-    assert extend(config).num_new_images == 5  # there was no run
+    assert extend(config).num_new_images == 5  # there was no run before
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").rglob("*") if path.is_file()}
 
     folder_job(tmp_path, "a-tuesday")
@@ -54,7 +54,7 @@ def test_new_prompt_files_are_taken_in_and_nothing_else_is_touched(tmp_path: Pat
     assert [row["prompt"] for row in metadata(config)][4:7] == ["monday 4", "a-tuesday 0", "a-tuesday 1"]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}.items()
     assert "10 prompts" in (tmp_path / "out/README.md").read_text()
-    assert render(config).num_new_images == 0  # what was taken in belongs to the run
+    assert render(config).num_new_images == 0  # the added files belong to the run
 
 
 def test_an_extended_run_has_the_seeds_and_bytes_of_one_that_had_the_files_at_once(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_run_that_was_extended_has_no_report_until_it_ends_again(tmp_path: Pat
 def test_a_driver_killed_while_it_takes_in_new_files_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """Killed before each of the writes that make a run longer."""
+    """The driver is killed before each of the writes that extend a run."""
     config = folder_job(tmp_path, "monday")
     extend(config)
     folder_job(tmp_path, "tuesday")

@@ -86,7 +86,7 @@ def test_progress_of_one_activity_does_not_hide_that_another_hangs(monkeypatch: 
 
 
 def test_a_worker_has_one_list_of_its_shards_which_figures_do_not_replace() -> None:
-    """A shard that another thread adds meanwhile would be in the old list alone."""
+    """Otherwise a shard that another thread adds at the same time would only be in the old list."""
     worker = WorkerState(1)
     for shard in (0, 1):
         worker.begin(shard)

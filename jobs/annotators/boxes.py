@@ -1,8 +1,9 @@
-"""An annotator of one's own: boxes around the things that a column of each record names, by OWLv2.
+"""A custom annotator: OWLv2 finds boxes of the things that a column of each record names.
 
     flux-batch annotate OUTPUT_URI --with boxes=boxes:Boxes --set column=nouns
 
-in this folder, or with it on PYTHONPATH. `column` is a passthrough column: a list of names, or text with commas.
+Run it in this folder, or with this folder on PYTHONPATH. `column` is a passthrough column: a list of names, or text
+with commas.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Boxes:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the boxes; images are taken one by one, since each asks for other things."""
+        """Return the boxes, image by image, since each image has its own list of things."""
         return {"boxes": [self.boxes(image, record) for image, record in zip(images, records, strict=True)]}
 
     def boxes(self, image: Image.Image, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -67,7 +68,7 @@ class Boxes:
         ]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Return an image as OWLv2 sees it, [1, 3, s, s]: at the top left of a grey square, in CLIP's units."""
+        """Return an image as OWLv2 sees it, [1, 3, s, s]: at the top left of a grey square, normalised as for CLIP."""
         side, size = max(image.size), self.model.config.vision_config.image_size
         square = Image.new("RGB", (side, side), (128, 128, 128))
         square.paste(image)

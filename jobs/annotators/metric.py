@@ -1,8 +1,9 @@
-"""An annotator of one's own: any class with `compute(prompt, image)`, as the metrics of DiffSynth-Studio have it.
+"""A custom annotator: any class with `compute(prompt, image)`, such as the metrics of DiffSynth-Studio.
 
     flux-batch annotate OUTPUT_URI --with pickscore=metric:Metric --set metric=package.module:Class
 
-in this folder, or with it on PYTHONPATH. Other options go to its `from_pretrained`, or to the class where it has none.
+Run it in this folder, or with this folder on PYTHONPATH. Other options go to the class's `from_pretrained`, or to the
+class itself if it has none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 
 class Metric:
-    """One number for each image, by a class that has `compute`."""
+    """One number for each image, computed by the given class."""
 
     columns = pa.schema([("score", pa.float32())])
 
@@ -23,6 +24,6 @@ class Metric:
         self.metric = getattr(found, "from_pretrained", found)(**options)
 
     def __call__(self, images: Any, records: Any) -> dict[str, list[float]]:
-        """Return the numbers."""
+        """Return one number for each image."""
         pairs = zip(images, records, strict=True)
         return {"score": [float(self.metric.compute(record["prompt"], image)) for image, record in pairs]}

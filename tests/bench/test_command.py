@@ -9,7 +9,8 @@ from flux_batch.bench.pipeline.lowering import format_lowering
 from flux_batch.cli import main
 from helpers.s3 import S3Server
 
-# A hundredth of each scale: of 100 million rows in a thousand files, 400,000 commits, a thousand workers on 125 nodes.
+# A hundredth of the full benchmarks: 100 million rows in a thousand files, 400,000 commits, a thousand workers on 125
+# nodes.
 PLAN = ["plan", "--rows", "1000000", "--files", "10", "--repeats", "1"]
 RESUME = ["resume", "--commits", "4000"]
 DRIVER = ["driver", "--workers", "10", "--shards", "4000"]
@@ -17,7 +18,7 @@ WEIGHTS = ["weights", "--workers", "10", "--nodes", "2", "--request-s", "0.002"]
 
 
 def measured(arguments: list[str], path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
-    """Run a benchmark. Returns: its figures and what it prints."""
+    """Run a benchmark. Returns: its figures and its output."""
     assert main(["bench", *arguments, "--json", str(path)]) == 0
     return json.loads(path.read_text()), capsys.readouterr().out
 
@@ -64,7 +65,7 @@ def test_a_node_asks_for_the_weights_once_and_a_refused_one_costs_itself(
 ) -> None:
     figures, said = measured(WEIGHTS, tmp_path / "weights.json", capsys)
 
-    # Each file, and the listing before and after them.
+    # One for each file, and a listing before and after them.
     assert figures["most_requests_of_a_node"] == 24 + 2
     assert (figures["requests_of_the_refused_node"], figures["failed_workers"]) == (5, 5)
     assert "10 workers on 2 nodes" in said

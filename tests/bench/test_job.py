@@ -17,9 +17,9 @@ SIZE = JobSize(images=6, width=32, height=32, steps=1, t5_sequence_length=64, ba
 
 
 def test_a_job_in_this_process_is_compared_with_a_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each contender in a process of its own is what the long tests below have.
+    # The long tests below run each contender in its own process.
     monkeypatch.setattr(job, "run_in_process", lambda contender, task: {**contender(task), "wall_s": 1.0})
-    monkeypatch.setattr(job, "prepare_process", lambda pipeline: None)  # this one lives on
+    monkeypatch.setattr(job, "prepare_process", lambda pipeline: None)  # this process is not only for the benchmark
     figures = bench_job(TINY, SIZE, engine="local")
 
     rates = figures["images_per_second"]

@@ -1,4 +1,4 @@
-"""The benchmark of single kernels, at a size that any machine can do."""
+"""The benchmark of single kernels, at a size for any machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_each_kernel_is_measured_beside_the_others() -> None:
     assert figures["attention"]["difference_from_math"] < 1e-5
     assert set(figures["attention"]["milliseconds"]) == {"chosen", "torch"}
     assert set(figures["decoder"]) == {"contiguous", "channels last"}
-    # The products of a single block of the tiny model, of 16 image tokens and 512 of text.
+    # The matrix products of a single block of the tiny model, with 16 image tokens and 512 text tokens.
     assert list(figures["products"]) == ["528 x 64 x 448", "528 x 320 x 64"]
     for ms in figures["products"].values():
         assert list(ms) == ["bfloat16", "fp8", "fp8, fast accumulation"]

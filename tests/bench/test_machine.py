@@ -38,7 +38,7 @@ def test_a_peak_rises_with_use_and_stays_after_it() -> None:
     memory = PeakMemory(torch.device("cpu"))
     before = memory.bytes()
 
-    # Not the allocator's: it may have as much at hand from an earlier test.
+    # Not from the allocator, which may still have as much memory from an earlier test.
     with mmap.mmap(-1, 200_000_000) as block:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1

@@ -1,4 +1,4 @@
-"""The figures of the suite: a fixture takes them, the end of the session shows them."""
+"""Collects the figures of the chaos tests in a fixture, and prints them at the end of the session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chaos.figures import PROPERTY, Figures, Row, table
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Figures:
-    """What a test counted. It travels in the test's report, so that it arrives from any process of pytest-xdist."""
+    """The figures of a test, carried by its report, so that they arrive from any pytest-xdist process."""
     return Figures(request.node.user_properties)
 
 
@@ -33,5 +33,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if name == PROPERTY
     ]
     if rows:
-        terminalreporter.section("what was broken, and what came of it")
+        terminalreporter.section("what was broken, and the results")
         terminalreporter.write_line("\n".join(table(sorted(rows, key=lambda row: (row.experiment, row.store)))))

@@ -1,7 +1,9 @@
-"""A driver for the experiments: `flux-batch run` with the paced pipeline, in a process of its own.
+"""A driver for the experiments: `flux-batch run` with the paced pipeline, in its own process.
 
-python drive.py JOB.yaml [local | ray] [in-parts] [--OPTION ...], on the local engine, or else on Ray; `in-parts` sends
-every object in parts that is put if absent, where the store ignores conditions.
+python drive.py JOB.yaml [local | ray] [in-parts] [--OPTION ...]
+
+With `local` it runs on the local engine, else on Ray. With `in-parts`, every put-if-absent sends its object in parts if
+the store ignores conditions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The driver of the experiments, in a process of its own (see drive.py)."""
+"""The driver of the experiments, in its own process (see drive.py)."""
 
 from __future__ import annotations
 

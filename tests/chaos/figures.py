@@ -1,30 +1,30 @@
-"""What the chaos suite counted: one row an experiment and store, one table at the end."""
+"""The figures of the chaos tests: one row per experiment and store, one table at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 
-# The name under which a row travels in the report of its test, from whatever process ran it.
+# The name of a row in the report of its test, which carries it from the test's process to pytest.
 PROPERTY = "chaos figures"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The figures of one experiment on one store; those of several tests are added up."""
+    """The figures of one experiment on one store, summed over its tests."""
 
     experiment: str
     store: str
-    images: int = 0  # asked for, over all runs of the experiment
-    kills: int = 0  # processes and nodes ended by force, and survived
-    faults: int = 0  # answers of a store, files or rows that were made bad
-    lost: int = 0  # images that were asked for, could be made, and are not there
+    images: int = 0  # requested, over all runs of the experiment
+    kills: int = 0  # processes and nodes killed, which the run survived
+    faults: int = 0  # injected bad answers of a store, damaged files or rows
+    lost: int = 0  # images that were requested and could be made, but are missing
     doubled: int = 0  # images that a reader finds more than once
-    redone: int = 0  # images made beyond the first time
+    redone: int = 0  # images made again
 
 
 class Figures:
-    """Takes the figures of one test."""
+    """The figures of one test."""
 
     def __init__(self, properties: list[tuple[str, object]]) -> None:
         self._properties = properties
@@ -56,7 +56,7 @@ class Figures:
 
 
 def table(rows: Iterable[Row]) -> list[str]:
-    """Draw the table, in Markdown, so that it can be put into a page as it is."""
+    """Return the lines of the table, in Markdown."""
     summed: dict[tuple[str, str], Row] = {}
     for row in rows:
         there = summed.get((row.experiment, row.store))

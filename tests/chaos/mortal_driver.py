@@ -1,8 +1,8 @@
-"""`flux-batch run` on the local engine that ends itself with SIGKILL at a point of the protocol.
+"""`flux-batch run` on the local engine that kills itself with SIGKILL at a point of the commit protocol.
 
-The points are found around the writes of Store from outside: the product has no hook. A write is named by what is
-written and counted by name, since threads write side by side; `within` is, on a disk, the moment between the written
-and the published file.
+The points lie around the writes of Store, which this module patches, since the product has no hook. A write is named by
+the kind of its file and counted by name, since several threads write. On a disk, `within` is the moment between writing
+a file and publishing it.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ NAMES = [
     (r"_run/taken-back/.*", "note"),
 ]
 PHASES = ("before", "within", "after")
-# No second driver is about, so nobody has to wait for one where writes are not conditional.
+# There is no second driver to wait for where writes are not conditional.
 SETTLE_S = 0.1
 
 
 @dataclass(frozen=True)
 class Point:
-    """Before, within or after write number `number` of what is called `name`."""
+    """The point before, within or after write number `number` of the kind `name`."""
 
     name: str
     number: int
@@ -71,7 +71,7 @@ class Point:
 
 @dataclass(frozen=True)
 class End:
-    """How a driver ended."""
+    """The exit code and the output of a driver."""
 
     code: int
     said: str
@@ -82,7 +82,7 @@ class End:
 
 
 class Reaper:
-    """Counts the writes of this process, writes them down, and ends it at one of them."""
+    """Counts and logs the writes of this process, and kills the process at one of them."""
 
     def __init__(self, target: Point | None, log: Path) -> None:
         self._target = target
@@ -90,10 +90,10 @@ class Reaper:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Condition()
         self._staged = 0
-        self._here = threading.local()  # the point at which this thread is
+        self._here = threading.local()  # the current point of each thread
 
     def install(self) -> None:
-        """Come between the program and its writes."""
+        """Patch the writes of Store."""
         write, call, write_local = Store.write, Store._call, Store._write_local
 
         def write_and_say(store: Store, key: str, data: bytes | Path) -> None:
@@ -113,7 +113,7 @@ class Reaper:
             self._reach("before")
             try:
                 return call(store, key, operation, function)
-            finally:  # the store may also have refused it, as some writes are meant to be
+            finally:  # also if the store refused the write, as it should for some
                 self._here.point = (name, number)
                 self._reach("after")
                 with self._lock:
@@ -130,7 +130,7 @@ class Reaper:
         Store.write, Store._call, Store._write_local = write_and_say, call_and_count, write_and_publish  # type: ignore
 
     def wait_for_staged(self, count: int) -> None:
-        """Wait until so many batches are staged."""
+        """Wait until `count` batches are staged."""
         with self._lock:
             assert self._lock.wait_for(lambda: self._staged >= count, PATIENCE_S)
 
@@ -148,11 +148,14 @@ class Reaper:
     def _reach(self, phase: str) -> None:
         if self._target == Point(*self._here.point, phase):
             os.kill(os.getpid(), signal.SIGKILL)
-            threading.Event().wait()  # the signal may take a moment; nothing more may happen on this thread
+            threading.Event().wait()  # block this thread until the signal arrives
 
 
 class StagedPipeline(PacedPipeline):
-    """Slower than any store, as a device is: no batch is finished before the one before it is staged."""
+    """A pipeline that is slower than any store, as a device is.
+
+    It finishes no batch before the previous one is staged.
+    """
 
     def __init__(self, folder: Path, reaper: Reaper) -> None:
         super().__init__(folder)
@@ -160,7 +163,7 @@ class StagedPipeline(PacedPipeline):
         self._begun: list[set[str]] = []  # batches
 
     def __call__(self, prompt: Any, **others: Any) -> Any:
-        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of one that failed
+        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of a batch that failed
             self._begun.append(set(prompt))
         self._reaper.wait_for_staged(len(self._begun) - 1)
         return super().__call__(prompt, **others)
@@ -169,7 +172,7 @@ class StagedPipeline(PacedPipeline):
 def _drive(
     job_file: str, options: list[str], environment: Mapping[str, str], target: Point | None, log: str, said: str
 ) -> None:
-    """Be the driver; in a process of its own."""
+    """Run the driver in this process, which is its own."""
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -191,7 +194,10 @@ def _drive(
 
 
 class Nursery:
-    """Starts drivers as forks of one process that has everything imported: a kill is real, and a start is cheap."""
+    """Starts drivers as forks of one process that has already imported everything.
+
+    Such a driver starts quickly and can really be killed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -208,8 +214,8 @@ class Nursery:
         environment: Mapping[str, str] | None = None,
         timeout_s: float = PATIENCE_S,
     ) -> End:
-        """Run the driver to its end, or to its kill."""
-        self._num_drives += 1  # a log of its own: a driver that outlives its drive must not write into the next one's
+        """Run the driver until it ends or kills itself."""
+        self._num_drives += 1  # each drive has its own log, since a driver might outlive its drive
         said = self._folder / f"said-{self._num_drives}.txt"
         variables = {**os.environ, **(environment or {})}
         arguments = (str(job_file), list(options), variables, target, str(self.log), str(said))
@@ -218,7 +224,7 @@ class Nursery:
         process.join(timeout_s)
         if process.exitcode is None:
             assert process.pid
-            os.kill(process.pid, signal.SIGABRT)  # upon which it says where each of its threads is
+            os.kill(process.pid, signal.SIGABRT)  # makes faulthandler print the stack of each thread
             process.join()
             raise AssertionError(f"the driver did not end within {timeout_s} s: {said.read_text()}")
         end = End(process.exitcode, said.read_text())
@@ -227,7 +233,7 @@ class Nursery:
 
     @property
     def log(self) -> Path:
-        """The file of the last driver."""
+        """The log of the last driver."""
         return self._folder / f"points-{self._num_drives}.jsonl"
 
     def points(self) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""What a run left, in a form in which two runs of one job are equal, and as its readers count it."""
+"""Reads the output of a run: in a form to compare two runs of one job, and as its readers count it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from flux_batch.report.saved_run import SavedRun
 from flux_batch.report.verify import format_verdict, verify
 from flux_batch.storage.store import Store
 
-# Of one run: when and how fast it was.
+# The fields of a report that do not depend on the time and the speed of the run.
 OF_REPORT = ("name", "num_shards", "num_committed", "num_images", "num_failed", "errors")
 
-# Of one commit: who made it, when, and how long it took.
+# The fields of a commit that depend on its worker and on time.
 OF_WORKER = ("worker", "device_s", "started_unix_time", "finished_unix_time", "stage_s", "attempt", "num_lost")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader finds: images that could be made and are not there, images that are there more than once."""
+    """The counts of a reader: missing images that could be made, and images that exist more than once."""
 
     lost: int
     doubled: int
@@ -45,12 +45,12 @@ def keys_of(store: Store) -> list[str]:
 
 
 def contents(config: JobConfig) -> dict[str, Any]:
-    """Read every object: the bytes of what must be the same, and what is said besides, less who, when and where."""
+    """Read every object in a comparable form, without workers, times and addresses."""
     store = store_of(config)
     return {
         key: _comparable(key, store.read(key), config)
         for key in keys_of(store)
-        if not key.startswith("_run/lease/")  # tells how often the run changed hands
+        if not key.startswith("_run/lease/")  # depends on how often the run changed its driver
     }
 
 
@@ -69,13 +69,13 @@ def _comparable(key: str, data: bytes, config: JobConfig) -> Any:
 
 
 def kept(config: JobConfig) -> set[str]:
-    """List the prompts whose images no kill can cost: staged or committed."""
+    """List the prompts with staged or committed images, which no kill can lose."""
     try:
         run = SavedRun.open(store_of(config))
     except JobError:
         return set()
     staging = Staging(run.folder)
-    # In this order: an image that is committed meanwhile is seen once at least.
+    # Staging first: an image that is committed meanwhile is seen at least once.
     staged = [
         image.record["prompt"]
         for shard in staging.shards()
@@ -86,7 +86,7 @@ def kept(config: JobConfig) -> set[str]:
 
 
 def read_back(config: JobConfig, wanted: Counter[str], scratch: Path) -> Found:
-    """Follow the commits of a complete run as a reader does, and hold it against the prompts that can be made."""
+    """Read a complete run by its commits, as a reader does, and compare it with the wanted prompts."""
     run = SavedRun.open(store_of(config))
     scratch.mkdir(parents=True, exist_ok=True)
     there: Counter[str] = Counter()

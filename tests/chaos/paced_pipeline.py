@@ -1,7 +1,7 @@
-"""A fake pipeline that takes its time and writes down, outside of the output, which images it finished.
+"""A fake pipeline that takes a given time and logs its finished images outside of the output.
 
-The folder `model.uri` has the log, one line an image, how long an image takes, and from how many on they are held up.
-Its marks are those of the fakes.
+The folder `model.uri` has the log with one line per image, the time per image, and the number of images after which
+batches are held up. It obeys the same marks in prompts as the fake pipeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flux_batch.config.schema import ModelConfig
 from helpers.fakes import FakePipeline
 
 LOG, PACE, HOLD = "made.log", "pace_s", "hold"
-# A hold that is not let go, since who asked for it has died, ends by itself.
+# A hold ends after this time, since the process that set it may have died.
 HOLD_S = 240
 
 
@@ -35,7 +35,7 @@ class PacedPipeline(FakePipeline):
         until = time.monotonic() + HOLD_S
         while is_held(self._folder) and time.monotonic() < until:
             time.sleep(0.01)
-        # One write in append mode is whole, whoever writes beside it and whatever is killed.
+        # A single write in append mode is atomic, even with other writers and kills.
         lines = "".join(f"{os.getpid()} {text}\n" for text in prompt).encode()
         handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(handle, lines)
@@ -48,7 +48,7 @@ def make_paced_pipeline(model: ModelConfig) -> PacedPipeline:
 
 
 def model_folder(folder: Path, pace_s: float) -> Path:
-    """Make what `model.uri` names."""
+    """Make the folder that `model.uri` names. Returns: its path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PACE).write_text(str(pace_s))
     return folder
@@ -56,7 +56,7 @@ def model_folder(folder: Path, pace_s: float) -> Path:
 
 @contextmanager
 def held(folder: Path, after: int = 0) -> Iterator[None]:
-    """Let no batch be finished meanwhile, as long as it takes, once so many images are."""
+    """Hold up every batch in this block once `after` images are finished."""
     hold(folder, after)
     try:
         yield
@@ -65,14 +65,14 @@ def held(folder: Path, after: int = 0) -> Iterator[None]:
 
 
 def hold(folder: Path, after: int = 0) -> None:
-    """Hold up every batch that ends after so many images, until further notice."""
+    """Hold up every batch once `after` images are finished, until `let_go`."""
     scratch = folder / f"{HOLD}.new"
     scratch.write_text(str(after))
     scratch.rename(folder / HOLD)
 
 
 def let_go(folder: Path) -> None:
-    """Hold up no batch any more."""
+    """Stop holding up batches."""
     (folder / HOLD).unlink()
 
 

@@ -1,4 +1,4 @@
-"""A folder in which the command line is run on hostile input, watched from outside."""
+"""A folder to run the command line on hostile input, watched for changes outside of the output."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from flux_batch.config.schema import ModelConfig
 from flux_batch.engine.local import LocalEngine
 from helpers.fakes import FakePipeline
 
-# Done, shards given up, bad input, finished with too many failures, for later.
+# Exit codes: done, shards given up, bad input, too many failed rows, to be run again.
 EXPECTED = (0, 1, 2, 3, 75)
 
 
 def fuzz(count: int) -> Callable[[Any], Any]:
-    """Let a test take so many examples, the same every time, so that what fails here fails everywhere.
+    """Run a test with `count` examples, the same every time, so that failures are reproducible.
 
-    They share one sandbox, which each leaves as it found it: that is what is tested.
+    The examples share one sandbox; the test checks that each leaves it unchanged.
     """
     return settings(
         max_examples=count,
         derandomize=True,
         deadline=None,
         database=None,
-        phases=[Phase.explicit, Phase.generate],  # a smaller example costs minutes of runs that nobody waits for
+        phases=[Phase.explicit, Phase.generate],  # no shrinking: finding a smaller example would take minutes of runs
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a command came to."""
+    """The exit code and the output of a command."""
 
     code: int
     text: str
 
 
 class Sandbox:
-    """A working directory with an output folder, which alone may change; `run` is the whole command `flux-batch`."""
+    """A working directory in which `flux-batch` may change only the output folder."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -67,11 +67,11 @@ class Sandbox:
         self.use(lambda model: FakePipeline())
 
     def use(self, make_pipeline: Callable[[ModelConfig], Any] | None) -> None:
-        """Let runs make images with this pipeline; None: with the real one."""
+        """Make runs use this pipeline, or the real one if None."""
         self._patch.setattr(job, "run", partial(self._run, make_pipeline=make_pipeline))
 
     def write_job(self, model: Path) -> Path:
-        """Write a job of one small image by a model, which runs with the real pipeline. Returns: the job file."""
+        """Write a job of one small image for the real pipeline. Returns: the job file."""
         self.use(None)
         prompts, job_file = self.folder / "prompts.parquet", self.folder / "job.yaml"
         pq.write_table(pa.table({"prompt": ["a"]}), prompts)
@@ -86,7 +86,7 @@ class Sandbox:
         return job_file
 
     def flux_batch(self, *arguments: str) -> Said:
-        """Run a command, and hold it to what every command must be."""
+        """Run a command, and check its exit code, its messages and the files it changed."""
         shutil.rmtree(self.output, ignore_errors=True)
         before = self._outside()
         said = io.StringIO()
@@ -98,12 +98,12 @@ class Sandbox:
         text = said.getvalue()
         assert code in EXPECTED, text
         assert "Traceback" not in text, text
-        assert "(--debug shows where)" not in text, text  # an error that nobody thought of
+        assert "(--debug shows where)" not in text, text  # an unexpected error
         assert self._outside() == before, text
         return Said(code, text)
 
     def _outside(self) -> dict[str, str]:
-        """Describe everything but the output."""
+        """Return the digest of each file outside of the output."""
         found = {}
         for root, folders, files in os.walk(self.folder):
             if Path(root) == self.folder and self.output.name in folders:

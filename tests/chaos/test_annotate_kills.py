@@ -1,4 +1,4 @@
-"""Annotations on a cluster: the driver and its workers killed over and over, and annotators that do harm."""
+"""Annotations on a cluster: repeated kills of the driver and its workers, and harmful annotators."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 NODES = 2
 LOOK_S = 0.05
-# Three at once; two of them take their time over an image, so that kills hit within a batch too.
+# Three annotators at once; two of them are slow, so that kills also hit in the middle of a batch.
 ANNOTATORS = ("slow=helpers.annotators:Paced", "prompts=helpers.annotators:Paced", "phash")
 PACE_S = 0.02
-# An annotator gets an image of each kind, in batches of four, among good ones.
+# The annotator gets one bad image of each kind among good ones, in batches of four.
 BAD = {5: "[sour]", 6: "[lie]", 13: "[kill]", 18: "[freeze]", 21: "[eat]"}
 HARMFUL_ROWS = [{"prompt": f"image {number} {BAD.get(number, '')}"} for number in range(24)]
 HANG_S = 3
@@ -59,7 +59,7 @@ def cluster() -> Iterator[Raylets]:
 
 
 def command(config: JobConfig, *texts: str) -> list[str]:
-    """Return the command line of a pass on the nodes of the cluster."""
+    """Return the command line that annotates the run on the nodes of the cluster."""
     annotators = [word for text in texts for word in ("--with", text)]
     workers = ["--workers", str(NODES), "--num-gpus", "1", "--num-cpus", "0", "--batch-size", "4"]
     return [sys.executable, "-m", "flux_batch", "annotate", config.output.uri, *annotators, *workers]
@@ -75,7 +75,7 @@ def num_committed(config: JobConfig) -> int:
 
 
 def kill_one(driver: subprocess.Popen[Any], cluster: Raylets, dice: random.Random) -> str:
-    """Kill the driver or one of its workers. Returns: which, empty if it was not there."""
+    """Kill the driver or one of its workers. Returns: its kind, empty if it was already gone."""
     if dice.random() < 0.5:
         driver.send_signal(signal.SIGKILL)
         return "driver" if driver.wait() == -signal.SIGKILL else ""
@@ -129,7 +129,7 @@ def test_a_pass_over_two_thousand_images_survives_fifty_kills(
 
 @pytest.mark.timeout(600)
 def test_an_annotator_that_does_harm_costs_the_images_it_is_about(tmp_path: Path, cluster: Raylets) -> None:
-    """In one pass: it raises, returns wrong types, ends its process, hangs and eats memory; the other has all rows."""
+    """It raises, returns wrong types, ends its process, hangs and uses up memory; the other has all rows."""
     failures = {"max_ratio": 1.0, "hang_s": HANG_S}
     config = make_job(tmp_path, HARMFUL_ROWS, output={"shard_size": 8}, failures=failures)
     finish(config)

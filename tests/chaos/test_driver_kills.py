@@ -1,4 +1,4 @@
-"""The driver, killed at every step of the protocol: the same command goes on to what an undisturbed run leaves."""
+"""A driver killed at every step of the commit protocol: the same command ends in the output of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from helpers.s3 import S3Server
 
 EXPERIMENT = "driver killed at a write"
 BATCH = 2
-# Three shards of five, four and one: two objects staged of the first, failed rows of two kinds in the second.
+# Three shards with five, three and one good rows. The first stages two objects, the second has two kinds of failed
+# rows.
 ROWS: list[dict[str, Any]] = [{"prompt": f"image {number}"} for number in range(11)]
 ROWS[6] = {"prompt": "image 6 [raise]"}
 ROWS[7] = {"prompt": None}
@@ -27,8 +28,8 @@ WANTED = Counter(row["prompt"] for number, row in enumerate(ROWS) if number not 
 LAYOUTS = ["webdataset", "files", "parquet"]
 PACE_S = 0.01
 
-# Each kind of write, in the order in which one run comes to them whose drivers are killed at one after the other; the
-# number is the how-manieth of its kind that a driver makes.
+# Each kind of write, in the order of one run whose drivers are killed at one point after the other. The number counts
+# the writes of that kind by one driver, from 0.
 ON_DISK = [
     Point("lease", 0, "within"),
     Point("job", 0, "before"),
@@ -49,7 +50,7 @@ ON_DISK = [
     Point("success", 0, "within"),
     Point("release", 0, "within"),
 ]
-# What buckets do otherwise, each on one of the servers.
+# Points at which buckets differ from a disk, each on one of the servers.
 IN_BUCKETS = {
     "moto": [Point("probe", 0, "after"), Point("commit", 1, "after")],
     "rclone": [Point("data", 1, "before")],
@@ -57,7 +58,7 @@ IN_BUCKETS = {
 
 
 class Places:
-    """Where the outputs of this file go: a store, with jobs that differ in nothing else."""
+    """A store for outputs, with jobs that differ only in their output."""
 
     def __init__(self, name: str, folder: Path, server: S3Server | None) -> None:
         self.name = name
@@ -68,13 +69,13 @@ class Places:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The keys, which no job file may hold."""
+        """The credentials of the store, which no job file may hold."""
         if not self._options:
             return {}
         return {"AWS_ACCESS_KEY_ID": self._options["key"], "AWS_SECRET_ACCESS_KEY": self._options["secret"]}
 
     def job(self, name: str, layout: str) -> tuple[JobConfig, Path]:
-        """Write a job with an output of its own. Returns: it, for reading, and its file."""
+        """Write a job with its own output. Returns: its config, with credentials, and its file."""
         sections: dict[str, Any] = {
             "model": {"uri": str(self.model)},
             "workers": {"batch_size": BATCH},
@@ -88,7 +89,7 @@ class Places:
 
 
 class Experiment:
-    """Kills drivers of one layout on one store, and compares what becomes of it with an undisturbed run."""
+    """Kills drivers of one layout on one store, and compares the output with that of an undisturbed run."""
 
     def __init__(self, places: Places, layout: str, nursery: Nursery, figures: Figures) -> None:
         self._places = places
@@ -103,7 +104,7 @@ class Experiment:
         self._expected = contents(self.whole)
 
     def kill_at(self, *points: Point) -> None:
-        """Kill one driver of a run after the other, each at a point, let the same command end it, and judge."""
+        """Kill the drivers of a run one after the other, each at a point; then finish the run and check its output."""
         places, name = self._places, f"{self._layout}-{points[0]}".replace(" ", "-")
         config, job = places.job(name, self._layout)
         forget(places.model)
@@ -155,7 +156,7 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> Places:
 def test_a_driver_killed_at_each_kind_of_write_goes_on(places: Places, nursery: Nursery, figures: Figures) -> None:
     experiment = Experiment(places, "webdataset", nursery, figures)
     points = ON_DISK if places.name == "disk" else IN_BUCKETS[places.name]
-    if places.name == "disk":  # a kind of write that comes to the protocol comes to this list
+    if places.name == "disk":  # a new kind of write must be added to this list
         assert {point.name for point in points} | {"heartbeat"} >= {name for name, _ in experiment.points}
     experiment.kill_at(*points)
 
@@ -172,6 +173,6 @@ def test_a_driver_killed_at_every_write_goes_on(
     phases = PHASES if places.name == "disk" else ("before", "after")
     for name, number in experiment.points:
         for phase in phases:
-            # Heartbeats come when they come; nothing is published by a removal.
+            # Heartbeats come at no fixed point, and a removal publishes nothing.
             if name != "heartbeat" and not (phase == "within" and ("removal" in name or name == "clean-up")):
                 experiment.kill_at(Point(name, number, phase))

@@ -1,6 +1,6 @@
-"""Model folders as no training wrote them: a sentence that says what is wrong, or images; never a traceback.
+"""Damaged model folders lead to an error of one sentence or to images, never to a traceback.
 
-Any byte of any file may be another, and any value in a config, an index or a header; weights may be what no weight is.
+The tests change bytes of any file, and values in a config, an index or a header.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 def attempt(sandbox: Sandbox, whole: Path, name: Path, changed: bytes) -> int:
-    """Run a job with a model of which one file is another."""
+    """Run a job with a model in which one file is changed. Returns: the exit code."""
     model = sandbox.folder / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(whole, model)
@@ -53,7 +53,7 @@ def files_of(whole: Path) -> list[Path]:
 
 
 def check_bytes(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
-    """Change some bytes of a file, or cut it."""
+    """Change or remove some bytes of a file. Returns: the exit codes."""
     codes: list[int] = []
 
     @fuzz(count)
@@ -68,7 +68,7 @@ def check_bytes(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
 
 
 def check_values(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
-    """Change a value of a JSON file or of a header, whose text stays whole."""
+    """Change a value of a JSON file or of a header, which remains valid JSON. Returns: the exit codes."""
     codes: list[int] = []
     names = [name for name in files_of(whole) if name.suffix in (".json", ".safetensors")]
 
@@ -89,7 +89,7 @@ def check_values(sandbox: Sandbox, whole: Path, count: int) -> list[int]:
 
 
 def json_of(data: bytes, suffix: str) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """Return the JSON in a file, and what puts another one in its place."""
+    """Return the JSON in a file, and a function that puts another JSON in its place."""
     if suffix == ".json":
         return data, lambda text: text
     (size,) = struct.unpack("<Q", data[:8])
@@ -105,7 +105,7 @@ def test_a_damaged_model_is_named_or_used(
 ) -> None:
     codes = check(sandbox, whole, SHORT)
     figures.add(experiment="damaged models", store="-", faults=len(codes))
-    assert {0, 2} <= set(codes)  # what does no harm, and what does
+    assert {0, 2} <= set(codes)  # both harmless and harmful changes
 
 
 @pytest.mark.long

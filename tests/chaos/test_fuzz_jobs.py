@@ -1,4 +1,4 @@
-"""Job files and tables of prompts as nobody writes them: one sentence, or a run; never a traceback or a stray file."""
+"""Damaged job files and tables lead to one sentence or a run, never to a traceback or a stray file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = st.sampled_from(
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 15, 16, 17, 32, 2**31, 2**63, 10**30, -0.5, 0.5, 1e-300, 1e300])
 ODD = st.sampled_from([float("nan"), float("inf"), True, False, None, [], {}, [[]], {"a": {"b": 1}}, "2026-11-23"])
 VALUES = WORDS | NUMBERS | ODD | st.lists(WORDS | NUMBERS, max_size=3) | st.text(max_size=20)
-# Where things lie is the user's to say; what must stay inside is everything else.
+# All keys except addresses, which may name any place; no other key may lead to files outside of the output.
 KEYS = {
     "prompts": ["columns", "passthrough", "limit", "allow_http", "storage_options", "x"],
     "output": ["format", "image", "shard_size", "storage_options", "x"],
@@ -119,7 +119,7 @@ def check_bytes(sandbox: Sandbox, figures: Figures, count: int) -> None:
     def check(place: int, length: int, instead: bytes) -> None:
         changed = whole[:place] + instead + whole[place + length :]
         output, prompts = uri_of(changed, "output"), uri_of(changed, "prompts")
-        # Else it says that the output lies elsewhere, or to read whatever else is on this disk.
+        # Skip files that name another output, or that would read other files of this disk.
         if output in (None, str(sandbox.output)) and not is_elsewhere(prompts, sandbox.folder):
             codes.append(sandbox.flux_batch("run", write(sandbox, changed)).code)
 
@@ -129,12 +129,12 @@ def check_bytes(sandbox: Sandbox, figures: Figures, count: int) -> None:
 
 
 def is_elsewhere(uri: str | None, folder: Path) -> bool:
-    """Return whether an address names something that is outside of a folder."""
+    """Return whether an address names existing files, or a glob, outside of a folder."""
     return uri is not None and not uri.startswith(str(folder)) and (Path(uri).exists() or not {*"*?["}.isdisjoint(uri))
 
 
 def uri_of(job: bytes, section: str) -> str | None:
-    """Return where a job file says that output or prompts lie; None if it says nothing that a run could follow."""
+    """Return the address of output or prompts in a job file, None if it has no readable one."""
     try:
         tree = yaml.safe_load(job.decode())
         return str(tree[section]["uri"])

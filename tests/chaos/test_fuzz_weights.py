@@ -1,4 +1,4 @@
-"""Weights as a wrong converter or a broken download leaves them: a sentence, or images; no traceback, no hang."""
+"""Weights damaged by a wrong converter or a broken download: a sentence or images, no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = st.lists(st.sampled_from([0, 1, 16, 24, 32, 64]), max_size=4)
 
 
 class Models:
-    """A small model that is whole, and a sandbox in which damaged copies of it are run."""
+    """A small intact model, and a sandbox to run damaged copies of it."""
 
     def __init__(self, sandbox: Sandbox, whole: Path) -> None:
         self.whole = whole
@@ -35,7 +35,7 @@ class Models:
         self._copy = sandbox.folder / "model"
 
     def run(self, name: str, data: bytes, *, instead_of: str = "") -> int:
-        """Run a job on the model with this in a file, or in one that is there instead of another. Returns: the code."""
+        """Run a job on the model with `data` in the file `name`, without `instead_of`. Returns: the exit code."""
         shutil.rmtree(self._copy, ignore_errors=True)
         shutil.copytree(self.whole, self._copy)
         if instead_of:
@@ -46,7 +46,7 @@ class Models:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a model in the original layout, and beside its folder the transformer as GGUF."""
+    """Make a model in the original layout, and its transformer as GGUF beside the folder."""
     folder = make_tiny_repository(tmp_path_factory.mktemp("whole") / "model", layout="original")
     write_gguf(load_file(folder / TRANSFORMER), folder.parent / GGUF, "Q8_0")
     return folder
@@ -60,7 +60,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path) -> M
 
 
 def check_tensors(models: Models, count: int) -> list[int]:
-    """Write a file that is in order, but for a tensor of another shape or kind, under another name, or gone."""
+    """Write a valid file with one tensor missing, renamed, or of another shape or dtype."""
     codes: list[int] = []
 
     @fuzz(count)
@@ -79,7 +79,7 @@ def check_tensors(models: Models, count: int) -> list[int]:
 
 
 def check_gguf(models: Models, count: int) -> list[int]:
-    """Damage or cut a GGUF file, most often in its header."""
+    """Damage or cut a GGUF file, often in its header."""
     codes: list[int] = []
     whole = (models.whole.parent / GGUF).read_bytes()
     assert models.run(GGUF, whole, instead_of=TRANSFORMER) == 0

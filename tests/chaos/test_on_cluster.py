@@ -1,4 +1,4 @@
-"""Runs on a cluster of several raylets: kill after kill of driver, workers and nodes; rows that do harm."""
+"""Runs on a cluster of several raylets: repeated kills of driver, workers and nodes, and harmful rows."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 DRIVE = Path(__file__).with_name("drive.py")
 BATCH = 4
-# A lost worker costs the batch in the making, and the one on its way to the store.
+# A lost worker loses the batch in work, and the one on its way to the store.
 MAX_LOST = 2 * BATCH
-# Of so many kills, two may hit the same image alone.
+# In this many kills, two may hit an image that is made alone.
 KILLS_A_HIT = 50
-# An image takes so long: some kills hit within a batch, some within what comes between.
+# The seconds per image, so that some kills hit within a batch and some between batches.
 PACE_S = 0.1
 LOOK_S = 0.05
 
-# Rows that do harm, in batches of four; the first two are in one batch, the others among good ones.
+# Harmful rows, in batches of four; the first two are in the same batch, the others among good ones.
 BAD = {5: " [die]", 6: " [raise]", 13: " [oom]", 18: " [hang]"}
 HARMFUL_ROWS = [{"prompt": f"image {number}{BAD.get(number, '')}"} for number in range(24)]
 HANG_S = 3
-# Of one that ends its process: in its batch, and twice alone; the same for one that hangs.
+# The row that ends its process loses three workers: in its batch, and twice alone. So does the row that hangs.
 LOST_WORKERS = 6
 
 
@@ -69,7 +69,7 @@ LONG = Size(nodes=3, num_images=600, shard_size=20, workers=120, drivers=40, ray
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill: what it was, and what was there right before it."""
+    """The victim of a kill, and the state of the run right before it."""
 
     victim: str
     kept: set[str]  # prompts whose images were staged or committed
@@ -78,7 +78,7 @@ class Kill:
 
 
 class Driver:
-    """The driver, started again with the same command as often as it ends before the run does."""
+    """The driver, started again with the same command whenever it ends before the run."""
 
     def __init__(self, job: Path, address: str, said: Path) -> None:
         self._job = job
@@ -100,12 +100,12 @@ class Driver:
             )
 
     def kill(self) -> bool:
-        """Kill it. Returns: whether it was still there."""
+        """Kill the driver. Returns: whether it was still running."""
         self._process.send_signal(signal.SIGKILL)
         return self._process.wait() == -signal.SIGKILL
 
     def is_done(self) -> bool:
-        """Look after it: whether it has finished the run; one that left otherwise is started again."""
+        """Return whether the driver has finished the run; start a driver that ended otherwise again."""
         code = self._process.poll()
         if code is None:
             return False
@@ -116,7 +116,7 @@ class Driver:
         return code == 0
 
     def said(self) -> str:
-        """Give what it wrote, without what Ray passes on of its own processes."""
+        """Return the driver's output, without the lines that Ray forwards from other processes."""
         lines = self._said.read_text().splitlines()
         return "\n".join(line for line in lines if "(raylet)" not in line and f"({WorkerActor.__name__}" not in line)
 
@@ -128,7 +128,7 @@ def cluster() -> Iterator[Raylets]:
 
 
 def plan_kills(size: Size) -> list[tuple[int, str, float]]:
-    """Draw the kills: from how many images on, what, and how long after."""
+    """Draw the kills. Returns: for each, the number of images, the victim, and a delay in seconds."""
     dice = random.Random(size.seed)
     victims = ["worker"] * size.workers + ["driver"] * size.drivers + ["raylet"] * size.raylets
     dice.shuffle(victims)
@@ -137,7 +137,7 @@ def plan_kills(size: Size) -> list[tuple[int, str, float]]:
 
 
 def kill_one(victim: str, driver: Driver, cluster: Raylets, dice: random.Random) -> bool:
-    """Kill something of that kind. Returns: whether there was one."""
+    """Kill a driver, worker or raylet. Returns: whether there was one."""
     if victim == "driver":
         was_there = driver.kill()
         driver.start()
@@ -151,14 +151,14 @@ def kill_one(victim: str, driver: Driver, cluster: Raylets, dice: random.Random)
 
 
 def run_with_kills(size: Size, config: JobConfig, cluster: Raylets, folder: Path) -> tuple[list[Kill], Driver]:
-    """Run a job to its end. Returns: the kills, and the last driver."""
+    """Run a job to its end with kills. Returns: the kills, and the last driver."""
     dice = random.Random(size.seed)
     model = Path(config.model.uri)
     kills: list[Kill] = []
     plan = plan_kills(size)
 
     def wait_for_next() -> None:
-        """Let the run get on to the next kill, and a batch beyond it, but to its end only if that was the last."""
+        """Let the run go on until a batch after the next kill, and to its end after the last kill."""
         if plan:
             hold(model, min(plan[0][0] + BATCH, size.num_images - 1))
         else:
@@ -171,9 +171,9 @@ def run_with_kills(size: Size, config: JobConfig, cluster: Raylets, folder: Path
         if plan and len(made(model)) >= plan[0][0]:
             _, victim, pause_s = plan[0]
             time.sleep(pause_s)
-            hold(model)  # to kill a node takes longer than to make many images
+            hold(model)  # killing a node takes longer than making many images
             kill = Kill(victim, kept(config), set(cluster.workers()), made(model).total())
-            if kill_one(victim, driver, cluster, dice):  # else there is none just now: later
+            if kill_one(victim, driver, cluster, dice):  # else there is no victim now: try again later
                 kills.append(kill)
                 plan.pop(0)
             wait_for_next()
@@ -182,7 +182,7 @@ def run_with_kills(size: Size, config: JobConfig, cluster: Raylets, folder: Path
 
 
 def made_in_vain(kills: list[Kill], images: list[tuple[int, str]]) -> list[str]:
-    """List images that were kept at a kill, and made once more by a worker that came after it."""
+    """List images that were staged or committed before a kill, but made again by a later worker."""
     known: set[int] = set()
     in_vain = []
     for kill in kills:
@@ -210,7 +210,7 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
     made_in_all = made(model)
     assert made_in_vain(kills, made_by(model)) == []
     found = read_back(config, wanted, tmp_path / "scratch")
-    # Two kills may hit one image while it is made alone, which is how an image that kills is told.
+    # If two kills hit an image that is made alone, the run takes it for an image that kills its worker.
     assert {kind for kind, _ in found.failed.values()} <= {"WorkerLost"}, found.failed
     assert len(found.failed) <= size.num_kills // KILLS_A_HIT, found.failed
     if found.failed:
@@ -228,7 +228,7 @@ def judge(size: Size, tmp_path: Path, cluster: Raylets, figures: Figures) -> Non
     )
     assert len(kills) == size.num_kills
     assert (found.lost, found.doubled, found.failed) == (0, 0, {})
-    # The workers of a driver end with it.
+    # When a driver is killed, its workers end too.
     num_workers_lost = size.workers + size.raylets + size.nodes * size.drivers
     assert made_in_all.total() <= size.num_images + num_workers_lost * MAX_LOST
     assert "Traceback" not in driver.said()
@@ -247,7 +247,7 @@ def test_a_run_survives_random_kills(tmp_path: Path, cluster: Raylets, figures: 
 
 
 def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, cluster: Raylets, figures: Figures) -> None:
-    """All in one job: the others are made, and each has its own reason on record."""
+    """All bad rows are in one job: the good rows are made, and each bad row records its own reason."""
     model = model_folder(tmp_path / "model", 0.02)
     config = make_job(
         tmp_path,
@@ -291,7 +291,7 @@ def test_each_bad_row_costs_itself_alone_and_says_why(tmp_path: Path, cluster: R
     assert "its worker died" in reasons["image 5 [die]"]
     assert reasons["image 6 [raise]"].startswith("asked to fail")
     assert "no progress for" in reasons["image 18 [hang]"]
-    # Of a batch that kills, the other images are made a second time at most.
+    # Only the images of a batch that loses its worker may be made again.
     assert redone <= LOST_WORKERS * BATCH
     assert_verified(config)
 

@@ -1,4 +1,4 @@
-"""Runs whose storage errs at every tenth request, or is away for a while: they finish, and every byte is right."""
+"""Runs whose storage fails at every tenth request, or is unavailable for a while, finish with the right bytes."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from helpers.waiting import PATIENCE_S, wait_until
 
 RATE = 0.1
 BATCH = 2
-# What may go wrong with a request of any kind; an answer of half its length, only where it has one.
+# Faults of any request; half an answer is only possible for GET, half a write only for PUT.
 ANYTHING = (500, 503, "cut", "lost", "slow")
 OF_METHOD = {"GET": ("half",), "PUT": ("torn",)}
-# What a server that honours conditions may say of a write that has one, as all of these have: that another one is under
-# way, or, after an answer that got lost, that it has been made. Where it was not, that is a lie to be seen through.
+# A server that honours conditions may answer a conditional write, such as these, with 409 (another write is under way)
+# or, after a lost answer, with 412 (the object exists). The writer must notice if it does not exist.
 OF_CONDITIONS = (409, 412)
 CONDITIONAL = re.compile(r"/(train|metadata)/|/_run/(commits|lease)/|/_run/plan")
 SLOW_S = 0.3
 
 
 class Faults:
-    """Decides by dice what goes wrong, in the order in which requests come; `counts` by what it was."""
+    """Draws a fault for each request, in the order of requests; `counts` the faults by kind."""
 
     def __init__(self, seed: int, *, conditions: bool) -> None:
         self.counts: Counter[int | str] = Counter()
@@ -62,7 +62,7 @@ class Faults:
 
 
 class Scene:
-    """A server, a proxy before it, and a job that knows the proxy alone."""
+    """A server, a proxy in front of it, and a job that only knows the proxy."""
 
     def __init__(self, server: S3Server, proxy: Proxy, folder: Path) -> None:
         self.server = server
@@ -91,7 +91,7 @@ class Scene:
         return PacedDriver(write_job(job, self.folder / f"{name}.yaml"), engine=engine, **keys)
 
     def judge(self, figures: Figures, experiment: str, name: str, count: int, num_faults: int) -> None:
-        """Hold what a run left against the prompts, and against a run without the proxy."""
+        """Compare the output of a run with the prompts, and with a run without the proxy."""
         config = self.job(name, count, self.server.storage_options)
         wanted = Counter(row["prompt"] for row in self.rows(count))
         found = read_back(config, wanted, self.folder / "scratch")
@@ -117,7 +117,7 @@ class Scene:
 @pytest.fixture(params=["moto", "rclone"])
 def scene(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(lease, "SETTLE_S", 0.1)  # of the undisturbed run, beside which there is no other
+    monkeypatch.setattr(lease, "SETTLE_S", 0.1)  # for the undisturbed run, which has no other driver
     server: S3Server = request.getfixturevalue(request.param)
     with counting_proxy(server.endpoint_url) as proxy:
         yield Scene(server, proxy, tmp_path)
@@ -145,7 +145,7 @@ def err(scene: Scene, figures: Figures, seed: int, count: int, engine: str = "lo
 
 
 def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_s: float) -> None:
-    """Take the storage away in the middle of a run, and give it back."""
+    """Make the storage unavailable in the middle of a run, and then available again."""
     with held(scene.model, after=count // 2):
         driver = scene.start("away", count, "local")
         store = store_of(scene.job("away", count, scene.server.storage_options))
@@ -162,7 +162,7 @@ def leave(scene: Scene, figures: Figures, away_s: float, count: int, *, timeout_
 
 
 def stop(scene: Scene, figures: Figures, fault: str, count: int, engine: str) -> None:
-    """Stop a run whose storage is away, which is waited for much longer, and let it go on when that is back."""
+    """Stop a run that waits for unavailable storage, and resume it when the storage is back."""
     with held(scene.model, after=count // 2):
         driver = scene.start("stopped", count, engine, drain_s=5)
         store = store_of(scene.job("stopped", count, scene.server.storage_options))

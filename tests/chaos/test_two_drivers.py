@@ -1,7 +1,7 @@
-"""Two drivers of one run, on each store: at once, and one that was paused past its lease and wakes up.
+"""Two drivers of one run, on each store: started at once, or one paused past its lease.
 
-tests/end_to_end/test_job_lease.py looks at each case on the disk more closely; here it is the same on every store,
-with figures.
+tests/end_to_end/test_job_lease.py tests each case on the disk in more detail; these tests cover every store, with
+figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = [{"prompt": f"image {number}"} for number in range(24)]
 WANTED = Counter(row["prompt"] for row in ROWS)
 NUM_SHARDS = 6
 PACE_S = 0.02
-# The shortest lease there may be, so that a pause outlasts it soon.
+# The shortest valid lease, so that a pause soon outlasts it.
 TTL_S = 1
 
 
@@ -77,7 +77,7 @@ class Scene:
         wait_until(lambda: self.num_commits() >= count)
 
     def everything(self) -> dict[str, bytes]:
-        """Read every object, but for the first lease: its heartbeat may have been on its way when it was paused."""
+        """Read every object except the first lease, whose heartbeat may be under way when its driver is paused."""
         return {key: self.store.read(key) for key in keys_of(self.store) if key != "_run/lease/00001.json"}
 
     def judge(self, figures: Figures, experiment: str, *, kills: int = 0, may_redo: int = 0) -> None:
@@ -97,7 +97,7 @@ class Scene:
         assert_verified(self.config)
 
 
-# On the disk and on one of the servers; on the other with `make chaos`.
+# `make test` uses the disk and one of the servers, `make chaos` also the other.
 LONG_ON_S3 = [pytest.mark.s3, pytest.mark.long]
 ON_STORES = {
     "moto": ["disk", pytest.param("moto", marks=pytest.mark.s3), pytest.param("rclone", marks=LONG_ON_S3)],
@@ -107,10 +107,10 @@ ON_STORES = {
 
 @pytest.fixture
 def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    """A scene; buckets are behind a proxy that passes only whole requests on.
+    """A scene; buckets are behind a proxy that forwards only whole requests.
 
-    While the sender of half an upload is paused, rclone answers no listing of its folder until the sender wakes, and
-    has answered uploads beside it with 500 (InternalError) meanwhile: no other driver could go on.
+    Without it, no other driver could continue: while the sender of half an upload is paused, rclone answers no listing
+    of the folder, and sometimes answers other uploads with 500 (InternalError).
     """
     if request.param == "disk":
         yield Scene("disk", tmp_path, None)
@@ -122,8 +122,8 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
 
 @pytest.mark.parametrize("scene", ON_STORES["rclone"], indirect=True)
 def test_of_drivers_started_at_once_one_runs_and_the_other_names_it(scene: Scene, figures: Figures) -> None:
-    with held(scene.model):  # until one has met the other
-        # A lease that no busy machine lets expire between two beats, of which the first come quickly.
+    with held(scene.model):  # until one driver has met the other
+        # A lease that is long enough for a busy machine; its first heartbeats come quickly.
         drivers = [scene.start("--set=failures.lease_ttl_s=60"), scene.start("--set=failures.lease_ttl_s=60")]
         first_to_end(drivers)
     ends = {driver.pid: driver.end() for driver in drivers}
@@ -151,5 +151,5 @@ def test_a_driver_paused_past_its_lease_wakes_and_writes_nothing(scene: Scene, f
     assert code == 75, said
     assert f":{follower.pid} has taken this run over" in said
     assert scene.everything() == after
-    # The batch in hand and the one on its way when it was paused, and the one that it finishes when it wakes.
+    # The batch in work and the one on its way at the pause, and the one that it finishes when it wakes.
     scene.judge(figures, "driver paused past its lease", kills=1, may_redo=3 * BATCH)

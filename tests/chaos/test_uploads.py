@@ -1,6 +1,6 @@
-"""Uploads that are raced, held up or killed, on stores that honour conditions always, never, or of some requests.
+"""Uploads that race, are held up or killed, on stores that honour conditions always, never or sometimes.
 
-A driver in these tests sends all that is put if absent in parts; two writers send objects as large as real ones.
+A driver in these tests sends every put-if-absent in parts; two writers send objects as large as real ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def proxy(request: pytest.FixtureRequest, moto: S3Server) -> Iterator[Proxy]:
 
 
 class Upload:
-    """The upload of a tar, held up in the middle by the proxy until it is let go."""
+    """The upload of a tar, held up in the middle by the proxy until `let_go`."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -174,14 +174,14 @@ def test_of_two_workers_that_publish_at_once_the_commit_names_what_stands(
 
 
 class Publishing:
-    """A worker that has made the only image of a shard, one as large as it is told, and no other like it."""
+    """A worker that has made the only image of a shard, `size` MiB large and different for each `number`."""
 
     def __init__(self, config: JobConfig, scratch: Path, size: int, number: int) -> None:
         self._scratch = scratch
         self._image = scratch / "000000000"
         scratch.mkdir()
         data = encode(fake_image("a", seed=number, width=16, height=16), config.output.image, {})
-        large_file(self._image, size, number, data)  # a PNG ends before that
+        large_file(self._image, size, number, data)  # readers ignore bytes after the end of a PNG
         layout = format_for(config.output, pa.schema([]))
         self._record = ImageRecord(
             key=self._image.name,
@@ -203,7 +203,7 @@ class Publishing:
 
 
 def large_file(path: Path, size: int, number: int, head: bytes = b"") -> Path:
-    """Write a file of so many MiB and its head, of bytes that are its own from the first."""
+    """Write a file of `head` and `size` MiB, which differs for each `number` from the first byte of a block."""
     block = b"%d" % number + random.Random(number).randbytes(MEBIBYTE - 1)
     with path.open("wb") as file:
         file.write(head)
@@ -213,7 +213,7 @@ def large_file(path: Path, size: int, number: int, head: bytes = b"") -> Path:
 
 
 def race(store: Store, key: str, files: list[Path]) -> list[int]:
-    """Put all files at once. Returns: the numbers of those that were told that they are the first."""
+    """Put all files at once under one key. Returns: the numbers of the files that were written."""
     start, won = threading.Barrier(len(files)), list[int]()
 
     def put(number: int) -> None:

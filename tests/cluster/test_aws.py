@@ -1,4 +1,4 @@
-"""The launcher's file, by Ray's own check; and the watcher of spot notices, against a metadata service on loopback."""
+"""Ray's own check of the launcher's file, and the spot watcher with a loopback metadata service."""
 
 import json
 import os
@@ -48,16 +48,16 @@ def test_workers_are_spot_nodes_that_are_watched_and_nobody_carries_a_key() -> N
 
 
 def test_workers_see_their_gpu_and_ray_chooses_the_shared_memory() -> None:
-    """Ray runs them by NVIDIA's runtime, which goes by a variable that images of NVIDIA have: others need --gpus."""
+    """Ray uses NVIDIA's runtime, which reads a variable that only NVIDIA's images set: others need --gpus."""
     docker = launcher_file()["docker"]
     assert "NVIDIA_VISIBLE_DEVICES" not in (AWS.parent / "Dockerfile").read_text()
     assert "--gpus=all" in docker["worker_run_options"]
     assert "--gpus" not in " ".join(docker["run_options"])  # the head has none
-    assert "--shm-size" not in " ".join(docker["run_options"])  # less than Ray's object store, that would lie on disk
+    assert "--shm-size" not in " ".join(docker["run_options"])  # a smaller size would put Ray's object store on disk
 
 
 def test_the_image_has_what_the_launcher_needs_in_it() -> None:
-    """Ray copies files into a container by rsync, and asks AWS for nodes from within that of the head."""
+    """Ray copies files into a container with rsync, and its head asks AWS for nodes from within one."""
     text = (AWS.parent / "Dockerfile").read_text()
     (packages,) = re.findall(r"apt-get install (.*) \\", text)
     assert "rsync" in packages.split()
@@ -69,7 +69,7 @@ def test_the_image_has_what_the_launcher_needs_in_it() -> None:
 def watcher(
     server: WebServer, folder: Path, exit_codes: str = "0", cloud: str = "aws"
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a watcher whose `ray` writes down how it is called, and ends with one code after the other."""
+    """Start a watcher with a fake `ray` that records its calls and ends with each of the codes in turn."""
     lines = ["#!/bin/sh", f'echo "$@" >> {folder}/calls', f"set -- {exit_codes}"]
     lines += [f"shift $(($(wc -l < {folder}/calls) - 1))", "exit $1"]
     ray = folder / "ray"
@@ -104,7 +104,7 @@ def only_with_token(answer: bytes) -> Any:
 def test_a_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> None:
     with web_server() as server, watcher(server, tmp_path) as process:
         server.at("/latest/api/token", b"token")
-        wait_until(lambda: server.asked.count(NOTICE) >= 3)  # no notice yet, and it keeps looking
+        wait_until(lambda: server.asked.count(NOTICE) >= 3)  # it keeps asking without a notice
         assert process.poll() is None
         server.at(NOTICE, only_with_token(in_s(12_000)))
         out, _ = process.communicate(timeout=PATIENCE_S)
@@ -113,12 +113,12 @@ def test_a_notice_drains_the_node_in_the_time_that_is_left(tmp_path: Path) -> No
     (call,) = (tmp_path / "calls").read_text().splitlines()
     words = call.split()
     assert words[:3] == ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    # Ten seconds less than was said to be left, and those that the test took.
+    # Ten seconds less than the notice leaves, and less the seconds of the test.
     assert 12_000 - 10 - PATIENCE_S <= int(words[-1]) <= 12_000 - 10
 
 
 def with_header(name: str, value: str, answer: bytes) -> Any:
-    """Answer only those who ask as the documentation says."""
+    """Answer only requests as in the documentation."""
 
     def answering(request: BaseHTTPRequestHandler) -> None:
         request.send_response(200 if request.headers[name] == value else 403)
@@ -235,7 +235,7 @@ def test_ray_drains_the_node_that_it_is_told_of() -> None:
     environment = {**os.environ, "RAY_ADDRESS": context.gcs_address}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
-        worker = ray.remote(Worker).remote()  # a node without one leaves as soon as it is drained
+        worker = ray.remote(Worker).remote()  # a node without an actor leaves as soon as it is drained
         ray.get(worker.begin.remote())
         assert draining_nodes() == set()
         with web_server() as server:
@@ -244,7 +244,7 @@ def test_ray_drains_the_node_that_it_is_told_of() -> None:
             words = [sys.executable, str(WATCHER), "--metadata", server.url, "--interval", "0.1"]
             done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
         assert done.returncode == 0, done.stdout + done.stderr
-        # Ray accepts it at once, and tells the node after that.
+        # Ray accepts the request at once, but tells the node later.
         wait_until(lambda: draining_nodes() == {context.get_node_id()})
     finally:
         ray.shutdown()

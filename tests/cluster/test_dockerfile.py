@@ -1,4 +1,4 @@
-"""The image: sound by hadolint, of pinned parts, without weights, keys or root."""
+"""The Dockerfile: no complaints of hadolint, pinned versions, and no weights, keys or root."""
 
 import re
 import subprocess

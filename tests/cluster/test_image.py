@@ -1,4 +1,4 @@
-"""The image itself: built by buildah from the Dockerfile as it is, and started; ten minutes and 20 GB of disk."""
+"""The image, built by buildah from the Dockerfile and started; needs ten minutes and 20 GB of disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "cluster/Dockerfile"
 BASE = re.findall(r"^FROM (\S+)", DOCKERFILE.read_text(), flags=re.MULTILINE)[0]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-# What an image of Python has, from Debian, where no registry of images can be reached.
+# Debian packages that replace the Python base image, since no image registry may be reachable.
 PACKAGES = "python3,python3-pip,python3-venv,python3-wheel,python3-setuptools,ca-certificates"
 
 pytestmark = [
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def run(*words: str, cwd: Path | None = None) -> str:
-    """Run a command. Returns: what it printed."""
+    """Run a command. Returns: its output."""
     done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, check=False)
     assert done.returncode == 0, f"{' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
@@ -35,7 +35,7 @@ def run(*words: str, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The command, with a store of its own that has the base image."""
+    """The buildah command, with its own store that has the base image."""
     folder = tmp_path_factory.mktemp("images")
     command = ["buildah", "--root", str(folder / "root"), "--runroot", str(folder / "run"), "--storage-driver", "vfs"]
     pulled = subprocess.run([*command, "pull", f"docker.io/library/{BASE}"], capture_output=True, check=False)
@@ -48,7 +48,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 def make_base(buildah: list[str], folder: Path) -> None:
-    """Make an image of Debian's Python under the name of the base image."""
+    """Make an image with Debian's Python under the name of the base image."""
     run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", BASE.rpartition("-")[2], str(folder))
     (folder / "usr/local/bin/python").symlink_to("/usr/bin/python3")
     (folder / "usr/local/bin/pip").symlink_to("/usr/bin/pip3")
@@ -62,7 +62,7 @@ def make_base(buildah: list[str], folder: Path) -> None:
 
 
 def test_it_has_the_program_and_no_compiler(buildah: list[str], tmp_path: Path) -> None:
-    # What git tracks, as a clone has it.
+    # Only the files that git tracks, as in a clone.
     run("git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(tmp_path / "source"))
     build = ["bud", "--isolation", "chroot", "--pull-never", "--build-arg", "COMPILER=", "--tag", "flux-batch:test"]
     run(*buildah, *build, "--file", "cluster/Dockerfile", ".", cwd=tmp_path / "source")

@@ -1,4 +1,4 @@
-"""The manifests of cluster/kuberay: against KubeRay's and Kubernetes' own schemas, and rules beyond those."""
+"""Checks the manifests of cluster/kuberay by the schemas of KubeRay and Kubernetes, and by further rules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_manifest_is_what_kuberay_takes(path: Path) -> None:
 
 
 def pods(tree: Any) -> Iterator[Tree]:
-    """Find every pod template."""
+    """Yield every pod template."""
     if isinstance(tree, dict):
         if "containers" in tree:
             yield tree
@@ -110,7 +110,7 @@ SPOT = "spec/rayClusterSpec/workerGroupSpecs/0"
         (set_at(f"{HEAD}/rayStartParams", {}), "the head would take work"),
         (set_at(f"{HEAD}/template/metadata", {}), "Karpenter may move the head"),
         (set_at(f"{HEAD}/template/spec/terminationGracePeriodSeconds", 50), "the driver is killed"),
-        (set_at(f"{HEAD}/template/spec/containers/0/env", []), "the driver is killed"),  # Ray's own 30 s are too few
+        (set_at(f"{HEAD}/template/spec/containers/0/env", []), "the driver is killed"),  # Ray's 30 s are too short
         (set_at(f"{HEAD}/template/spec/restartPolicy", "Always"), "instead of restarting them"),
         (set_at(f"{HEAD}/resources", {"CPU": "0"}), "said twice"),
         (set_at("spec/rayClusterSpec/autoscalerOptions/version", "v1"), "need autoscaler v2"),
@@ -170,7 +170,7 @@ def test_all_have_the_same_cluster() -> None:
 
 
 def command_lines() -> Iterator[str]:
-    """Find every command line that ends in an entry point of jobs/ and its arguments."""
+    """Yield every command line that ends in an entry point of jobs/ and its arguments."""
     for path in FILES:
         manifest = load(path)
         if path.name == "cronjob.yaml":
@@ -191,10 +191,10 @@ def test_the_commands_are_those_of_the_program() -> None:
 
 
 def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path: Path) -> None:
-    """KubeRay pastes the entrypoint into a line of bash of the pod that submits it, where its words are evaluated."""
+    """KubeRay inserts the entrypoint into a line of bash in the submitting pod, which evaluates its words."""
     job = load(KUBERAY / "nightly/raycronjob.yaml")["spec"]["jobTemplate"]
     job["entrypoint"] = job["entrypoint"].replace("/app/", f"{KUBERAY.parents[1]}/")
-    # The job is not known yet, and what is submitted is written down.
+    # A fake `ray` that knows no job and records the submission.
     ray = '#!/bin/sh\ncase "$2" in status) exit 1;; submit) printf "%s\\n" "$@";; esac\n'
     (tmp_path / "ray").write_text(ray)
     (tmp_path / "ray").chmod(0o755)
@@ -203,7 +203,7 @@ def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path
     pod = submitter_environment(job, "http://head:8265", "nightly-x", name)
 
     def submitted(environment: dict[str, str]) -> list[str]:
-        """Return the words that `ray job submit` gets."""
+        """Return the arguments of `ray job submit`."""
         words = [*SHELL, submitting_line(job, "http://head:8265", "nightly-x")]
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         done = subprocess.run(words, env=path | environment, capture_output=True, text=True, check=True)
@@ -221,7 +221,7 @@ def test_the_day_of_a_nightly_run_reaches_the_command_that_is_submitted(tmp_path
 
 
 def at(tree: Any, path: str) -> list[Any]:
-    """Find what is at a path of kustomize, which leads through every item of a list."""
+    """Return the values at a kustomize path, which includes every item of a list."""
     found = [tree]
     for key in path.split("/"):
         found = [one for each in found for one in (each if isinstance(each, list) else [each])]
@@ -257,7 +257,7 @@ def test_an_overlay_replaces_what_is_there() -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kustomize_makes_of_a_folder_what_it_says(folder: str) -> None:
-    # Debian's is of 2020 and knows no `patches`: in CI it is a part of the machine, elsewhere of whoever has it.
+    # Debian's kustomize is of 2020 and has no `patches`, so the test needs that of `kubectl`.
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
     words = ["kubectl", "kustomize", str(KUBERAY / folder)]

@@ -1,4 +1,4 @@
-"""The alerts, by Prometheus's own tool, which `make tools` brings."""
+"""Checks the alerts with promtool, which `make tools` fetches."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def test_the_queries_of_the_dashboard_can_be_read(tmp_path: Path) -> None:
 
 
 def query_error(folder: Path, *queries: str) -> str:
-    """Return what Prometheus finds wrong in queries, which it reads as it reads those of rules."""
+    """Return promtool's errors for queries, which are checked as the expressions of rules."""
     rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
     (folder / "queries.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
     code, said = promtool("check", "rules", "queries.yaml", folder=folder)

@@ -1,4 +1,4 @@
-"""The task of SkyPilot and the job of Hugging Face: by their own parsers, where those are installed."""
+"""Checks the SkyPilot task and the Hugging Face job with their own parsers, where these are installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_skypilot_starts_again_what_was_interrupted_and_nothing_that_is_final() 
     assert given.job == task["envs"]["JOB"]
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n", "-c", script], check=True)
-        assert "ray stop" not in script  # it would end SkyPilot's own
+        assert "ray stop" not in script  # it would end SkyPilot's own Ray
 
 
 def test_hugging_face_takes_its_job() -> None:

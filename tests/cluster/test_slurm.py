@@ -1,4 +1,4 @@
-"""cluster/slurm/run.sbatch as Slurm runs it: signals, exit codes, requeueing. Other programs stand in for Slurm's."""
+"""cluster/slurm/run.sbatch with fakes of Slurm's programs: signals, exit codes, requeueing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_signal_of_slurm_stops_the_driver_in_order_and_requeues_the_job(tmp_pa
         out, _ = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == Interrupted.exit_code
-    assert "the driver puts the shards in hand aside" in out
+    assert "the driver puts the unfinished shards aside" in out
     assert calls(tmp_path)[-2:] == ["driver: SIGTERM", "scontrol requeue 123456"]
 
 
@@ -96,9 +96,9 @@ def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SCRIPT.read_text(), flags=re.MULTILINE))
     assert options["ntasks-per-node"] == "1"
     assert {"requeue", "exclusive", "gres", "nodes", "time"} <= options.keys()
-    assert options["open-mode"] == "append"  # or the log of the first start is lost
+    assert options["open-mode"] == "append"  # otherwise the log of the first start is lost
     given = re.fullmatch(r"B:USR1@(\d+)", options["signal"])
     assert given
-    assert int(given[1]) > 2 * 25  # failures.drain_s, and the same again to end the cluster
+    assert int(given[1]) > 2 * 25  # failures.drain_s, and as long again to end the cluster
     for line in re.findall(r"run\.sbatch (jobs/.*|s3:.*)$", SCRIPT.read_text(), flags=re.MULTILINE):
         parser().parse_args(["run", *line.split()])

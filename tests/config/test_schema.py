@@ -346,7 +346,7 @@ def test_the_query_of_an_address_is_used_and_written_nowhere() -> None:
 
 
 def test_no_traceback_shows_what_was_wrong() -> None:
-    override = "prompts.storage_options=hush"  # a traceback quotes the line of the call
+    override = "prompts.storage_options=hush"  # a variable, since a traceback quotes the line of the call
     with pytest.raises(JobError) as caught:
         parse(MINIMAL, override)
     assert "hush" not in "".join(traceback.format_exception(caught.value))

@@ -1,4 +1,4 @@
-"""YAML: its types are safe, its messages quote nothing, and no few lines of it fill the memory."""
+"""YAML has safe types, quotes no values in errors, and cannot fill the memory with a few lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_signs_of_yaml_are_still_named() -> None:
 
 def test_merge_keys_merge() -> None:
     text = "a: &a {NAME: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\nd: {<<: [*a, *b], NAME: 5}\n"
-    for name in ("x", "a_longer_name"):  # PyYAML 6.0.4 tells keys apart by the identity of their texts
+    for name in ("x", "a_longer_name"):  # PyYAML 6.0.4 compares keys by identity
         tree = load_yaml(text.replace("NAME", name), "job.yaml")
         assert (tree["b"], tree["c"]) == ({name: 1, "y": 3}, {name: 1, "y": 3, "z": 4})
         assert tree["d"] == {name: 5, "y": 2}

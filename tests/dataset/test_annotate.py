@@ -1,4 +1,4 @@
-"""A pass over finished images: what it leaves behind, how it goes on, and what it costs when something breaks."""
+"""Annotating finished images: the files it writes, how it resumes, and the effect of failures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_no_more_than_a_few_shards_and_commits_are_objects_at_a_time(
     alive: dict[type, int] = {}
 
     def count(kind: type) -> None:
-        if kind not in alive:  # a look at all objects takes long
+        if kind not in alive:  # looking at all objects is slow
             gc.collect()
             alive[kind] = sum(type(one) is kind for one in gc.get_objects())
 
@@ -107,7 +107,7 @@ def test_no_more_than_a_few_shards_and_commits_are_objects_at_a_time(
     report = annotated(config, BOTH[0])
 
     assert report.num_new_shards == num_shards
-    # When the first shard is begun, and when all commits are counted.
+    # The counts when the first shard is begun, and when all commits are counted.
     assert alive[Shard] < num_shards / 2
     assert alive[Commit] < num_shards / 2
 

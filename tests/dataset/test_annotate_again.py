@@ -1,4 +1,4 @@
-"""A pass that is killed or stopped, and images that are made again: no value is of other images, none is lost."""
+"""Killed or stopped annotating, and images that are made again: no value is lost or of an old image."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_a_pass_that_is_killed_while_it_removes_what_shall_be_made_again_adopts_
         if not life.is_over:
             break
         num_kills += 1
-        shutil.rmtree(output / "_run/lease")  # of this very process, which has not ended
-        with suppress(PlanMismatch):  # the other annotator is not forgotten yet
+        shutil.rmtree(output / "_run/lease")  # the lease belongs to this process, which has not ended
+        with suppress(PlanMismatch):  # the other settings may not be forgotten yet
             annotated(config, BOTH[0], **scale, retry_failed="retry_failed" in options)
             if scale:
                 lengths = [row["length"] for row in rows(config, "prompts")]
@@ -123,7 +123,7 @@ def test_staged_rows_without_values_are_tried_again_with_the_others(
     prompts = ["a", "b", "c", "d [sour]"]
     config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 4})
     finish(config)
-    open_worker(config, BOTH[0]).make(shard_of(0))  # is staged, and never finished
+    open_worker(config, BOTH[0]).make(shard_of(0))  # staged, but never finished
     monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
     annotators.CALLS.clear()
 
@@ -134,7 +134,7 @@ def test_staged_rows_without_values_are_tried_again_with_the_others(
 
 
 def _made_by_mortals(config: JobConfig) -> tuple[int, Any]:
-    """Return how many workers died at the first shard, and what the last one made of it."""
+    """Let workers make the first shard until one survives. Returns: the deaths, and the survivor's shard."""
     for lives in range(9):
         life = Life()
         with pytest.MonkeyPatch.context() as patch, suppress(Death):
@@ -163,7 +163,7 @@ def test_a_staged_image_that_killed_its_workers_is_tried_again_with_the_others(
     prompts = ["a", "b", "c [kill]", "d", "e"]
     config = make_job(tmp_path, [{"prompt": prompt} for prompt in prompts], output={"shard_size": 5})
     finish(config)
-    _made_by_mortals(config)  # is staged, and never finished
+    _made_by_mortals(config)  # staged, but never finished
     monkeypatch.setattr(annotators, "misbehave", lambda prompt: None)
     annotators.CALLS.clear()
 
@@ -221,7 +221,7 @@ def test_rows_about_images_that_were_made_again_meanwhile_are_not_committed(tmp_
 
 
 class _Negative(FakePipeline):
-    """Makes other images of the same rows."""
+    """Makes different images from the same rows."""
 
     def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
         return [255 - image for image in super().__call__(*texts, **others)]

@@ -1,4 +1,4 @@
-"""Annotators one by one: those of pixels and facts, and answers that nobody promised."""
+"""The annotators of pixels and facts, and answers that do not match an annotator's columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.annotators import Answers
 
 
 def noise(seed: int = 0, side: int = 64) -> Image.Image:
-    """Make an image with something in it at every scale."""
+    """Return an image with details at every scale."""
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     fine = np.random.default_rng(seed).integers(0, 60, (side, side, 3), dtype=np.uint8)
     large = np.asarray(Image.fromarray(small).resize((side, side)), dtype=np.int64)
@@ -89,7 +89,7 @@ def _said(caption: Caption) -> dict[str, Any]:
 def test_an_answer_that_was_not_promised_is_a_reason(answer: Callable[..., Any], message: str) -> None:
     checked = CheckedAnnotator(Answers(answer), "mine")
     for found in checked.rows([noise(), noise(1)], [{}, {}]):
-        assert type(found) is TypeError  # its name is what people read, and stands in the annotation
+        assert type(found) is TypeError  # the annotation shows the name of the type
         assert f"mine{': ' if 'column ' in message else ' '}{message}" in str(found)
 
 

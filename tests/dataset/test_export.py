@@ -1,4 +1,4 @@
-"""Exports: the same images somewhere else, with what is known of them, in any format, after any kill."""
+"""Exports: copies of the images with their metadata, in any format, after any kill."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def number_of(key: str) -> int:
 
 
 def made_run(folder: Path, layout: str) -> Store:
-    """Make a run of 12 images, annotated but for the third one, with a selection in two splits."""
+    """Make a run of 12 images, all annotated except the third, with a selection in two splits."""
     rows = [
         {"prompt": f"image {number}" + (" [raise]" if number == FAILED else ""), "seed_": f"note {number}"}
         for number in range(NUM_ROWS)
@@ -70,7 +70,7 @@ def made_run(folder: Path, layout: str) -> Store:
 
 
 def rows_of(dest: Path, format: str) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    """Yield split, record and image of everything in an export, without the package."""
+    """Yield split, record and image of each image of an export, without the package."""
     if format == "lance":
         lance = pytest.importorskip("lance")
         for path in sorted(dest.glob("*.lance")):
@@ -175,7 +175,7 @@ def test_images_that_were_annotated_again_are_another_export(tmp_path: Path) -> 
     put_annotations(store, "score", columns, lambda row: {"score": 1 if row["key"] < "00001" else 2})
     with pytest.raises(JobError, match=r"another export: the annotations 'score' are others, or were made again; take"):
         export(store, dest)
-    assert export(store, some, selection="first").num_new_shards == 0  # all of it lies in the first shard
+    assert export(store, some, selection="first").num_new_shards == 0  # the first shard has the whole selection
 
 
 def test_an_export_that_knows_no_bytes_is_another_one(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_an_export_that_knows_no_bytes_is_another_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["files", "parquet"])
 def test_what_a_killed_export_has_written_otherwise_is_replaced(tmp_path: Path, format: Any) -> None:
-    # As another version of pyarrow or Pillow packs and encodes.
+    # The files differ as if written by another version of pyarrow or Pillow.
     store, dest = made_run(tmp_path, "webdataset"), tmp_path / "dest"
     export(store, Store(str(dest)), format=format, shard_size=4)
     files = sorted(path for path in dest.glob("train/**/*") if path.is_file())
@@ -231,7 +231,7 @@ def read_metadata(store: Store) -> list[pa.Table]:
 
 
 class Killed(BaseException):
-    """The end of a process after a write."""
+    """The simulated end of a process after a write."""
 
 
 @pytest.mark.parametrize("format", ["webdataset", "files", "parquet", "lance"])
@@ -267,7 +267,7 @@ def test_a_killed_export_goes_on_and_ends_in_the_same_bytes(
         {
             path.relative_to(folder): path.read_bytes().replace(str(folder).encode(), b"")
             for path in sorted(folder.rglob("*"))
-            # Lance dates its versions.
+            # Lance stores times in its versions.
             if path.is_file() and path.parent.name not in ("_versions", "_transactions")
         }
         for folder in (whole, dest)
@@ -297,7 +297,7 @@ def test_copies_may_be_smaller_and_keep_their_label(tmp_path: Path) -> None:
     export(store, Store(str(tmp_path / "dest")), format="parquet", max_side=16)
     originals = {row["sha256"] for row in pa.concat_tables(read_metadata(store)).to_pylist()}
     assert {row["sha256"] for _, row, _ in rows_of(tmp_path / "dest", "parquet")} < originals
-    # An image of 16 x 16 is no larger than 16; a larger one is shrunk.
+    # Images of 16 x 16 keep their size; a larger image is resized.
     config = make_job(tmp_path / "large", [{"prompt": "one", "width": 64, "height": 32}])
     finish(config)
     dest = tmp_path / "small"
@@ -406,7 +406,7 @@ def test_the_card_has_scores_that_are_all_but_equal_or_far_apart(tmp_path: Path)
     put_annotations(store, "judge", columns, judge)
     export(store, Store(str(tmp_path / "dest")), format="parquet")
     card = (tmp_path / "dest/README.md").read_text()
-    # Of 12 images 5 have odd numbers: the failed row has one, too.
+    # 5 of the 12 images have odd numbers, since the failed row also has an odd number.
     assert f"| `judge_sure` | 12 | 1 | 1 | 1 | 1 ... 1 | `█{' ' * 18}▆` |" in card
     assert f"| `judge_far` | 12 | -1e+308 | -1e+308 | 1e+308 | -1e+308 ... 1e+308 | `█{' ' * 18}▆` |" in card
     assert f"| `judge_endless` | 7 | 2 | 2 | 2 | 2 ... 2 | `█{' ' * 19}` |" in card
@@ -454,7 +454,7 @@ def test_an_export_says_what_another_one_lacks(tmp_path: Path) -> None:
 
 
 def certificates(folder: Path) -> None:
-    """Write a chain of two certificates, and the key of the first, as C2PA wants them."""
+    """Write a chain of two certificates, and the key of the first, as C2PA requires them."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -1,4 +1,4 @@
-"""An export beside a driver that makes images or annotations again: of one state, or of none."""
+"""An export while a driver makes images or annotations again: it has one state, or fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCORE = pa.schema([("score", pa.int32())])
 
 
 class Begun(Store):
-    """A destination; in the run something happens once its card is written, before any image."""
+    """A destination that calls `happens` once its card is written, before any image."""
 
     happens: Callable[[], None]
 
@@ -59,13 +59,13 @@ def make_again(store: Store) -> None:
 
 
 def begin_another_run(store: Store) -> None:
-    """Put a shard of other keys in the place of one, as a run does that is begun anew in an emptied folder."""
+    """Replace a shard by one with other keys, like a new run in an emptied folder."""
     saved = SavedRun.open(store)
     store.write(metadata_file(saved.name(1)), store.read(metadata_file(saved.name(0))))
 
 
 class Inverted(FakePipeline):
-    """Makes other images of the same rows."""
+    """Makes different images from the same rows."""
 
     def __call__(self, *texts: Any, **others: Any) -> list[Pixels]:
         return [255 - image for image in super().__call__(*texts, **others)]

@@ -1,4 +1,4 @@
-"""Exports of runs with many shards and images: what they ask of the store, and what they have in memory."""
+"""Exports of runs with many shards and images: their requests to the store, and their memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_counts_of_a_run_are_those_of_its_log(tmp_path: Path, monkeypatch: p
     facts = run_facts(source)
 
     assert (facts.num_images, facts.num_failed, facts.failures) == (12, 1, {"RuntimeError": 1})
-    assert read == []  # of a million shards it would be as many requests, at each export and twice at a publication
+    assert read == []  # a million shards would take a million requests for each export
 
 
 def keys_of(shard: int) -> list[str]:
@@ -41,7 +41,7 @@ def keys_of(shard: int) -> list[str]:
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExportSource:
-    """A run of 100,000 images, of which a selection has the first of each shard and a thousand more."""
+    """A run of 100,000 images, and a selection of the first of each shard and a thousand more."""
     source = ExportSource.open(Store(make_run(tmp_path, "webdataset").output.uri), selection="some")
     chosen = [*keys_of(7), *(keys_of(shard)[0] for shard in range(NUM_SHARDS) if shard != 7)]
     splits = ["test" if number % 2 else "train" for number in range(len(chosen))]
@@ -85,7 +85,7 @@ def test_the_commits_of_an_export_are_read_several_at_a_time(tmp_path: Path) -> 
     at_once = threading.Barrier(4, timeout=20)
 
     class Waiting(Store):
-        """A store whose commits are read once four of them are asked for."""
+        """A store that answers reads of commits only once four are requested."""
 
         def read(self, key: str) -> bytes:
             if "/commits/" in key:

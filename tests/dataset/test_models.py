@@ -1,4 +1,4 @@
-"""Annotators with models of transformers, tiny and random: the numbers are those of the model itself."""
+"""Annotators with tiny random models of transformers: the values equal those of the model itself."""
 
 from __future__ import annotations
 

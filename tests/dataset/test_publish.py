@@ -1,4 +1,4 @@
-"""Publications: each file once on the Hub, whatever is killed or refused, and a card that is right."""
+"""Publications: each file is on the Hub once, in spite of kills and errors, with a correct card."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from helpers.finished_runs import command, finish
 from helpers.hub_datasets import DatasetHub, dataset_hub, publish_to
 from helpers.job_files import make_job
 
-# huggingface_hub sends files by an argument that its HTTP client would have renamed.
+# huggingface_hub uses an argument that its HTTP client has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 ADDRESS = "hf://datasets/owner/name"
 NUM_IMAGES = 24
 
 
 class Killed(BaseException):
-    """The end of the process in the middle of a request."""
+    """The simulated end of the process in the middle of a request."""
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +125,12 @@ def publish_through_kills(store: Store, hub: DatasetHub, num_shards: int) -> int
             raise AssertionError(f"not done after {kills} kills: {hub.commits}")
     assert done.num_shards == num_shards
     committed = [name for commit in hub.commits for name in commit]
-    assert sorted(committed) == sorted(hub.files)  # each in one commit
+    assert sorted(committed) == sorted(hub.files)  # each file is in one commit
     assert sorted(name for name in hub.files if name.startswith("train/")) == [
         f"train/{number:05d}.tar" for number in range(num_shards)
     ]
     assert set(hub.uploads.values()) == {1}
-    assert len(hub.uploads) == num_shards + 1  # and the samples
+    assert len(hub.uploads) == num_shards + 1  # the shards and the file of samples
     undisturbed = {**hub.files}
     hub.on_request, hub.failing, hub.lost = lambda number: None, {}, set()
     hub.files, hub.commits, hub.objects = {}, [], {}
@@ -173,7 +173,7 @@ def test_a_token_that_may_not_write_is_a_sentence(store: Store, hub: DatasetHub)
     hub.token, number = "another", hub.requests
     with pytest.raises(StoreRefused, match="the Hub answered 401: log in by `hf auth login`"):
         published(store)
-    assert hub.requests <= number + 3  # whether it answers is asked, and that it is there already is looked up
+    assert hub.requests <= number + 3  # no upload: only requests whether the Hub answers and the data set exists
 
 
 def test_the_command_says_what_it_did(store: Store, hub: DatasetHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Selections: the right images for the right reason, the same each time, and sentences for what cannot be."""
+"""Selections: the right images with the right reasons, the same each time, and clear errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def score(number: int) -> float:
 
 
 def of_clip(row: Any) -> dict[str, Any] | None:
-    """Every fifth image looks like the one before it; one has no score, one has NaN."""
+    """Return score and embedding: every fifth image looks like the previous one; one has no score, one NaN."""
     number = number_of(row)
     if number == NO_SCORE:
         return None
@@ -71,7 +71,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def chosen(store: Store, **criteria: Any) -> tuple[Selected, list[int], pa.Table]:
-    """Select. Returns: the outcome, the numbers of the chosen images, and the selection."""
+    """Make a selection. Returns: the outcome, the numbers of the chosen images, and the selection."""
     selected = select(store, "try", Criteria(**criteria), replace=True)
     table = read_selection(store, "try")
     assert selected.num_chosen == table.num_rows
@@ -168,7 +168,7 @@ def test_equal_embeddings_are_near_at_no_distance() -> None:
 
 @pytest.mark.parametrize("num", [1, 700, 1500])
 def test_what_is_dropped_is_near_to_what_stays_and_nothing_else_is(num: int) -> None:
-    # Blocks of 512: within one, across two, across the border of the first comparison.
+    # With blocks of 512: one block, two blocks, and images beyond the first comparison.
     dice = np.random.default_rng(num)
     hashes = dice.choice(dice.integers(0, 2**64, 60, np.uint64), num) ^ (
         np.uint64(1) << dice.integers(0, 64, num).astype(np.uint64)
@@ -227,7 +227,7 @@ def test_splits_are_of_rows_and_of_each_group_in_proportion(store: Store) -> Non
     _, numbers, table = chosen(store, split=split)
     places = dict(zip(numbers, table["split"].to_pylist(), strict=True))
     assert 10 <= list(places.values()).count("test") <= 30
-    # An image stays in its split, whatever else is chosen.
+    # An image stays in its split, even if other images are chosen.
     _, numbers, table = chosen(store, split=split, where="animal = 'dog'")
     assert dict(zip(numbers, table["split"].to_pylist(), strict=True)) == {n: places[n] for n in numbers}
 
@@ -258,9 +258,9 @@ def test_images_of_a_row_share_a_split_though_their_groups_differ(tmp_path: Path
         for key, name in zip(table["key"], table["split"], strict=True):
             splits.setdefault(ids[key], set()).add(name)
         assert (len(splits), {len(names) for names in splits.values()}) == (NUM_ROWS, {1})
-        # Three groups, each exact to a row of four images.
+        # Three groups, each exact to within a row of four images.
         assert abs(selected.splits["test"] - NUM_ROWS) <= 3 * 4
-    assert selected.splits == {"train": 3 * NUM_ROWS, "test": NUM_ROWS}  # one group: that of the first images
+    assert selected.splits == {"train": 3 * NUM_ROWS, "test": NUM_ROWS}  # only the first images have a group
 
 
 BAD = [

@@ -1,4 +1,4 @@
-"""Captions and answers of a vision model: requests, retries, cost, and answers that are none."""
+"""Captions and answers of a vision model: requests, retries, cost, and invalid answers."""
 
 from __future__ import annotations
 

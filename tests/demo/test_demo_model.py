@@ -157,7 +157,7 @@ def test_the_original_layout_gives_the_same_images(pipeline: FluxImagePipeline, 
 
 
 def write_original(folder: Path) -> None:
-    """Write the demo model as the original files: two single files, encoders and tokenizers in their folders."""
+    """Write the demo model in the original layout: two single files, and folders of encoders and tokenizers."""
     from safetensors.torch import load_file, save_file
 
     from flux_batch.model.checkpoint import diffusers_keys

@@ -1,7 +1,7 @@
-"""Do images show what prompts say? The demo model's are read back, with and without what trades quality for speed.
+"""Compares images of the demo model with the facts of their prompts, also with lossy modes.
 
-Captions are of shapes in colours that no training image had them in. What takes minutes is marked `long`: `make
-test-long` runs it.
+The captions name shapes in colours that no training image combined. Tests that take minutes are marked `long`: `make
+test-long` runs them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from helpers.job_files import make_job, metadata
 HELD_OUT = list(captions(200, SCORED_SEED, held_out=True))
 SOME = HELD_OUT[:16]
 BATCH = 8
-# One batch of them, where the difference of two models is asked for.
+# One batch of them, for the difference between two models.
 FEW = SOME[:BATCH]
 SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 12, "t5_sequence_length": 64}
-# What a lossy mode may cost, in points of 100.
+# The largest loss of a lossy mode, as a share of the facts.
 MOST_LOST = 0.03
 
-# Strict: the day the model has seen enough of it, this says so.
+# Strict, so that the mark must be removed once the model has seen enough of such images.
 seldom_seen = pytest.mark.xfail(strict=True, reason="of the images the model was trained on, 12 % were that large")
 
 
@@ -107,7 +107,7 @@ def test_batches_change_no_fact(pipeline: FluxImagePipeline, images: list[Image.
 def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     tmp_path: Path, layout: str, image_type: str
 ) -> None:
-    """Against the same captions and seeds in one call after the other, encoded alike; and as they were before that."""
+    """Compared with direct calls of the same captions and seeds, both encoded in the format and unencoded."""
     some = SOME[:12]
     rows = [{"prompt": caption.text, "seed": number} for number, caption in enumerate(some)]
     config = make_job(
@@ -130,7 +130,7 @@ def test_a_job_that_is_stopped_and_gone_on_with_changes_no_score_in_any_format(
     exact = list(render(load(torch.bfloat16), some, 3, SETTINGS))
     alike = [decode(encode(np.asarray(image), config.output.image, {})) for image in exact]
     assert score_all(some, stored).facts == score_all(some, alike).facts
-    # What a lossy format does may make a fact that hardly held, or hardly did not, appear the other way.
+    # A lossy format may change the outcome of a fact that is close to its threshold.
     most_moved = 0.0 if image_type == "png" else 0.02
     assert abs(score_all(some, alike).share() - score_all(some, exact).share()) <= most_moved
 
@@ -175,7 +175,7 @@ def test_four_steps_are_enough_for_most_facts(pipeline: FluxImagePipeline, image
 
 
 class StoppedSoon:
-    """A pipeline during whose third call the run is asked to stop."""
+    """A pipeline that requests a stop of the run during its third call."""
 
     def __init__(self, pipeline: FluxImagePipeline, stop: Stop) -> None:
         self._pipeline = pipeline

@@ -1,4 +1,4 @@
-"""The LoRAs by which the demo model reads an image: what they are told holds, and what they are not told stays."""
+"""The demo model's LoRAs that read an image: they follow the prompt, and keep the rest of the image."""
 
 from __future__ import annotations
 

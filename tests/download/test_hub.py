@@ -1,4 +1,4 @@
-"""Lists of repositories, asked of a server that speaks both hubs' HTTP."""
+"""Listings of repositories from a server with the HTTP APIs of both hubs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of remote folders: made once a machine, whole or not at all, whatever is killed, and then left alone."""
+"""Copies of remote folders: made once per machine, whole or not at all even after kills, and then kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FILES = {
     "top.safetensors": os.urandom(500_003),
 }
 CLUTTER = {"image.jpg": b"x", "vae/deeper/model.safetensors": b"y", "other/model.safetensors": b"z"}
-# As many ranges as a large file has.
+# So small that the test files have as many ranges as large files.
 CHUNK = 65_536
 
 
@@ -56,7 +56,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Remote:
-    """A folder somewhere that a test changes, and the copy of it."""
+    """A remote folder that a test changes, and its local copy."""
 
     def __init__(self, uri: str, options: dict[str, Any]) -> None:
         self.uri, self.options = uri, options
@@ -94,7 +94,7 @@ def proxy(moto: S3Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def bucket(moto: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    """The same in a bucket, behind a proxy that counts."""
+    """The same folder in a bucket, behind a counting proxy."""
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     uri = f"{moto.make_bucket()}/some/model"
     Remote(uri, moto.storage_options).put(FILES | CLUTTER)
@@ -152,7 +152,7 @@ class TestLocalCopy:
         new = bucket.copy(refresh=True)
         assert read(new) == FILES | {"vae/config.json": b'{"a": 2}'}
         assert [path.rpartition("/")[2] for path, _ in proxy.gets()] == ["config.json"]
-        assert read(old) == FILES  # somebody may be reading it
+        assert read(old) == FILES  # another process may still read it
         assert bucket.copy() == new
 
     def test_only_one_older_snapshot_stays(self, remote: Remote) -> None:
@@ -188,7 +188,7 @@ class TestLocalCopy:
         proxy.requests.clear()
         assert read(bucket.copy()) == FILES
         assert {path.rpartition("/")[2] for path, _ in proxy.gets()} == {"top.safetensors", "index.json"}
-        assert sum(path.endswith("top.safetensors") for path, _ in proxy.gets()) == 7  # of eight ranges
+        assert sum(path.endswith("top.safetensors") for path, _ in proxy.gets()) == 7  # seven of eight ranges
 
     def test_a_manifest_nobody_can_read_is_none(self, remote: Remote) -> None:
         folder = remote.copy()
@@ -259,7 +259,7 @@ class TestListing:
         assert caught.value.exit_code == 75
 
 
-# A process of its own that copies, from S3.
+# A separate process that copies from S3.
 COPY = """
 import json, sys
 from flux_batch.download import transfer
@@ -284,7 +284,7 @@ def test_two_processes_fetch_once(bucket: Remote, proxy: Proxy) -> None:
     (folder,) = folders
     assert {name: data for name, data in read(Path(folder.strip())).items() if name in FILES} == FILES
     ranges = proxy.gets()
-    assert len(ranges) == len(set(ranges)) == 1 + 1 + 5 + 8 + 1  # the image too
+    assert len(ranges) == len(set(ranges)) == 1 + 1 + 5 + 8 + 1  # the last is the image
 
 
 @pytest.mark.s3
@@ -317,7 +317,7 @@ def extent_of(header: str) -> int:
 class TestFillFolder:
     @pytest.fixture
     def listing(self, remote: Remote) -> Listing:
-        """What a hub would list: with hashes."""
+        """A listing with hashes, as of a hub."""
         plain = remote.listing()
         files = [replace(file, sha256=hashlib.sha256(FILES[file.name]).hexdigest()) for file in plain.files]
         return Listing("hub://model", plain.fs, tuple(files))

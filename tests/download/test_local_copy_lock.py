@@ -1,4 +1,4 @@
-"""Where the cache is, and that one process at a time works in a part of it."""
+"""The place of the cache, and its locks: one process at a time works in each part."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_lock_is_free_when_its_holder_ends(
     assert holder.stdin is not None
     assert holder.stdout.readline() == "held\n"
 
-    def end(message: object) -> None:  # as soon as we have said that we wait
+    def end(message: object) -> None:  # called once this process logs that it waits
         assert str(message) == "waiting for the process that builds a house"
         holder.kill() if ending == "is killed" else holder.stdin.close()  # type: ignore[union-attr]
 

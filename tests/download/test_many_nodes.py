@@ -1,4 +1,4 @@
-"""A cold start of many workers: a node fetches once, its workers wait, and a node that cannot costs itself alone."""
+"""A cold start of many workers: each node downloads once while its workers wait, and may fail alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHUNK = 1000
 
 @dataclass
 class Weights:
-    """The storage of the weights, as one node asks it; counts requests, and the most that are answered at once."""
+    """The storage of the weights for one node; counts requests, and the most that are answered at once."""
 
     fails: Callable[[], None] = lambda: None
     requests: Counter[str] = field(default_factory=Counter)
@@ -62,7 +62,7 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def at_the_lock(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
-    """Count the workers that have come to the lock of a node."""
+    """The number of workers that have reached the lock of each node."""
     come = Counter[Path]()
     locked = module.locked
 
@@ -77,7 +77,7 @@ def at_the_lock(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
 
 
 def start(nodes: dict[Path, Weights]) -> dict[Path, list[Any]]:
-    """Load the weights in all workers of all nodes at once. Returns: what each has got, or its error."""
+    """Load the weights in all workers of all nodes at once. Returns: the folder or the error of each."""
 
     def load(node: Path) -> Any:
         try:
@@ -107,14 +107,14 @@ def test_a_node_fetches_once_and_one_that_cannot_costs_itself(tmp_path: Path, at
 
     errors = found.pop(cut_off)
     assert {type(error) for error in errors} == {StoreError}
-    assert len({str(error) for error in errors}) == 1  # that of the one who asked
+    assert len({str(error) for error in errors}) == 1  # the error of the worker that downloaded
     asked = nodes.pop(cut_off).requests
     assert asked["list"] == 1
-    assert asked["range"] <= 2 * 2  # two streams, tried twice
+    assert asked["range"] <= 2 * 2  # two streams with two attempts
     for node, folders in found.items():
         assert {path.name: path.read_bytes() for path in folders[0].iterdir()} == FILES
         assert set(folders) == {folders[0]}
-        # Without hashes the listing is compared again after the transfer.
+        # Without hashes, the listing is requested and compared again after the transfer.
         assert nodes[node].requests == {"list": 2, "range": 6}
         assert nodes[node].most_at_once <= 2
 

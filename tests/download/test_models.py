@@ -1,4 +1,4 @@
-"""From the name or address of a model to a folder here: both hubs, a bucket, the web, and nothing twice."""
+"""Downloads of models by name or address: both hubs, a bucket, the web, and no download twice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A tiny model that is laid out as FLUX.1-dev: everything in both layouts, with what a repository has besides."""
+    """A tiny model with the files of FLUX.1-dev's repository: both layouts, and further files."""
     folder = make_tiny_repository(tmp_path_factory.mktemp("both") / "model")
     files = read(folder)
     original = read(make_tiny_repository(tmp_path_factory.mktemp("original") / "model", layout="original"))
@@ -55,7 +55,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hubs(hub: Hub, repository: dict[str, bytes]) -> Hub:
-    """Both hubs with FLUX.1-dev."""
+    """Both hubs, with FLUX.1-dev."""
     hub.repositories = {name: dict(repository) for name in (HF, MODELSCOPE)}
     return hub
 
@@ -214,7 +214,7 @@ class TestDownload:
         process.communicate(timeout=PATIENCE_S)
         assert not (folder / "flux1-dev.safetensors").exists()
 
-        # The bytes are the same on the other hub.
+        # The other hub has the same bytes.
         there = prefix_in(folder, big)
         hubs.stops_after = None
         hubs.requests.clear()
@@ -235,7 +235,7 @@ class TestDownload:
 
 
 def prefix_in(folder: Path, data: bytes) -> int:
-    """Return how much of a file has come so far."""
+    """Return the number of bytes of a file that have arrived."""
     parts = [path.read_bytes() for path in folder.glob("*partial*/*")]
     return max((len(part) for part in parts if data.startswith(part)), default=0)
 
@@ -461,7 +461,7 @@ class TestBucket:
         )
         parts = FluxImagePipeline.from_model_manager(manager)
         torch.testing.assert_close(weights(parts), weights(pipe), rtol=0, atol=0)
-        # Not bit for bit: where in a mapped file a weight lies decides how a CPU's product sums it up.
+        # Not bit for bit: the order of a CPU's sums depends on the position of a weight in the mapped file.
         torch.testing.assert_close(latents(parts), latents(pipe), rtol=1e-5, atol=1e-5)
         assert "README.md" not in read(local_model(bucket, options))
 
@@ -488,7 +488,7 @@ class TestBucket:
         assert torch.equal(latents(pipe), latents(FluxImagePipeline.from_pretrained(folders.pop(), **CPU)))
 
 
-# What a worker does first; without torch, whose import is most of the time of a short test.
+# The first steps of a worker, without the slow import of torch.
 LOAD = """
 import json, sys
 from flux_batch.download.models import local_model

@@ -1,4 +1,4 @@
-"""Which version of a model an address stands for: of files, of a bucket, of a repository."""
+"""The version of a model at an address: of files, of a bucket, of a repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remote files onto the disk: whole, in order, checked, gone on with."""
+"""Downloads of remote files: whole, in order, checked, and resumed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from helpers.web_server import web_server
 def test_a_web_address_that_answers_with_weights_is_a_file_whatever_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Civitai's are: /api/download/models/1080034?type=Model&format=SafeTensor."""
+    """Civitai's addresses are such: /api/download/models/1080034?type=Model&format=SafeTensor."""
     monkeypatch.setenv("FLUX_BATCH_CACHE", str(tmp_path))
     header = json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode()
     data = len(header).to_bytes(8, "little") + header + b"abcd"

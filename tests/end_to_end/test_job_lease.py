@@ -1,4 +1,4 @@
-"""One driver a run, shown on real processes: started together, paused, killed, stopped."""
+"""One driver at a time per run, tested with real processes: started together, paused, killed, stopped."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from helpers.job_files import data_files, make_job, metadata, write_job
 from helpers.s3 import Bucket
 from helpers.waiting import wait_until
 
-# Ten shards of two images; a driver that is held has made five of them, and is in the middle of the sixth.
+# Ten shards of two images; a held driver has made five shards, and is in the middle of the sixth.
 ROWS = [{"prompt": f"image {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 SECTIONS: dict[str, Any] = {"output": {"shard_size": 2}, "workers": {"batch_size": 2}}
 NUM_BEFORE = 5
@@ -39,7 +39,7 @@ def everything(output: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a run that nobody disturbed leaves."""
+    """The data files of an undisturbed run."""
     config = make_job(tmp_path_factory.mktemp("whole"), ROWS, **SECTIONS)
     run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     return data_files(Path(config.output.uri))
@@ -51,7 +51,7 @@ def hold(tmp_path: Path) -> Hold:
 
 
 def start_held(drive: Drive, job: Path, hold: Hold, *, is_child: bool = False) -> Driver:
-    """Start a driver. Returns: it, in the middle of the sixth shard."""
+    """Start a driver. Returns: the driver, held in the middle of the sixth shard."""
     driver = drive(job, is_child=is_child, **hold.environment)
     hold.wait_for(driver.pid)
     wait_for_commits(job.parent / "out", NUM_BEFORE)
@@ -68,7 +68,7 @@ def paused(tmp_path: Path, drive: Drive, hold: Hold) -> Driver:
 
 
 def wake(driver: Driver, hold: Hold) -> tuple[int, str]:
-    """Wake a paused driver; release it once it knows of the other. Returns: its exit code and what it said."""
+    """Wake a paused driver; release it once it knows of the other. Returns: its exit code and stderr."""
     driver.send(signal.SIGCONT)
     wait_until(lambda: "has taken this run over" in driver.said, lambda: driver.said)
     hold.release()
@@ -131,7 +131,7 @@ def test_a_paused_driver_that_wakes_while_the_other_is_at_work_leaves_it_the_run
     hold_of_follower = Hold(tmp_path / "hold of follower")
     follower = start_held(drive, tmp_path / "job.yaml", hold_of_follower)
     assert wake(paused, hold)[0] == 75
-    assert len(commits(output)) <= NUM_BEFORE + 1  # the shard it had in hand: the same bytes, whoever commits them
+    assert len(commits(output)) <= NUM_BEFORE + 1  # its current shard, with the same bytes from either driver
     assert not (output / "_SUCCESS").exists()
     hold_of_follower.release()
     assert follower.end()[0] == 0
@@ -144,7 +144,7 @@ def test_after_a_kill_the_same_machine_goes_on_at_once(
     _, job = job_of(tmp_path, lease_ttl_s=600)
     output = tmp_path / "out"
     killed = start_held(drive, job, hold, is_child=True)
-    killed.send(signal.SIGKILL)  # and nobody reaps it: it stays in the table of processes
+    killed.send(signal.SIGKILL)  # it is not reaped, so it stays in the process table
     done = {name: (output / "_run/commits" / name).stat().st_mtime_ns for name in commits(output)}
     code, err = drive(job).end()
     assert code == 0

@@ -1,4 +1,4 @@
-"""The whole flow from bucket to bucket, on a store that honours conditional writes and on one that does not."""
+"""Whole runs from bucket to bucket, on a store that honours conditional writes and on one that does not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render(config: JobConfig) -> RunReport:
 
 
 def job_in(bucket: Bucket, folder: Path, **sections: Any) -> JobConfig:
-    """Make a job whose prompts and output lie in the bucket."""
+    """Make a job with prompts and output in the bucket."""
     local = make_job(folder)
     fs, path = fsspec.url_to_fs(bucket.uri, **bucket.storage_options)
     fs.put_file(local.prompts.uri[0], f"{path}/prompts/prompts.parquet")
@@ -104,7 +104,7 @@ def test_a_missing_bucket_is_one_sentence(s3_store: Bucket, tmp_path: Path) -> N
 
 
 class GoingPipeline(FakePipeline):
-    """Does something at its second batch."""
+    """Calls `act` at its second batch."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def job_through(proxy: Proxy, server: S3Server, folder: Path, **failures: float)
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", ["cut", "hold"])
 def test_a_stop_ends_a_run_whose_storage_is_gone_or_silent(moto: S3Server, tmp_path: Path, fault: str) -> None:
-    """Long before the storage would be given up."""
+    """The run ends long before it would give up waiting for the storage."""
     stop = Stop()
     with counting_proxy(moto.endpoint_url) as proxy:
 
@@ -158,7 +158,7 @@ def test_a_storage_that_is_gone_for_good_ends_a_run_after_one_outage(moto: S3Ser
 def test_a_shard_costs_seven_requests_and_two_for_each_further_batch(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Heartbeats come by the clock: without them, a slow machine asks no more than a quick one.
+    # Turn off heartbeats, whose number depends on the speed of the machine.
     monkeypatch.setattr("flux_batch.output.lease.pause_s", lambda ttl_s, beats: 600.0)
     with counting_proxy(moto.endpoint_url) as proxy:
         assert render(job_through(proxy, moto, tmp_path)).exit_code == 0
@@ -166,7 +166,7 @@ def test_a_shard_costs_seven_requests_and_two_for_each_further_batch(
     of_shard = re.compile(r"/(?:staging|train|metadata|commits|failed)/(\d{5})[./]")
     counts = Counter(found[1] for _, path in asked if (found := of_shard.search(path)))
     lease = [path for _, path in asked if "/_run/lease" in path]
-    # Two batches, two, and one: staged objects are removed by one request, which does not name them in its address.
+    # The shards have two, two and one batches. One request removes staged objects, without their names in its address.
     assert counts == {"00000": 8, "00001": 8, "00002": 7}, asked
     assert sum(method == "POST" and "delete" in path for method, path in asked) == 2
     assert len(lease) == 6, lease

@@ -1,4 +1,4 @@
-"""A whole run under attack: nothing that is secret is written, nothing that a row holds leads out of the output."""
+"""A whole run under attack: no secret is written, and no row can write outside of the output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finish(config: JobConfig) -> None:
 
 
 def read_all(output: Path) -> dict[str, bytes]:
-    """Read every file of an output, with what Parquet compresses."""
+    """Read every file of an output, also the compressed contents of Parquet files."""
     found = {}
     for path in output.rglob("*"):
         if path.is_file():
@@ -78,7 +78,7 @@ def test_no_secret_of_a_job_is_written_or_logged(
     assert found[3]["model"] == "https://host/flux.safetensors"
     assert found[3]["lora"] == "https://civitai.com/api/download/models/7"
     images = [data for name, data in read_all(Path(config.output.uri)).items() if name.startswith("train/")]
-    assert any(b"civitai.com/api/download/models/7" in data for data in images)  # they could hold one
+    assert any(b"civitai.com/api/download/models/7" in data for data in images)  # images could contain a secret
     assert written_secrets(Path(config.output.uri)) == []
     assert main(["status", config.output.uri]) == main(["verify", config.output.uri]) == 0
     printed = capsys.readouterr()

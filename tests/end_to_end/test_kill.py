@@ -1,4 +1,4 @@
-"""Real processes, really killed; what they leave must go on to the same bytes."""
+"""Real processes are killed; the resumed run must end in the same bytes."""
 
 import signal
 from pathlib import Path
@@ -7,7 +7,7 @@ from helpers.driver import Drive, Hold, wait_for_commits
 from helpers.fakes import DEATH_EXIT
 from helpers.job_files import data_files, make_job, write_job
 
-# Of five shards, the third can be held in the middle.
+# Five shards; the third can be held in the middle.
 ROWS = [{"prompt": f"image {number}" + (" [hold]" if number == 10 else "")} for number in range(20)]
 
 
@@ -46,7 +46,7 @@ def test_a_process_that_dies_within_a_shard_leaves_what_it_made(tmp_path: Path, 
 
     job = write_job(killed, tmp_path / "killed/job.yaml")
     assert drive(job).end()[0] == DEATH_EXIT
-    # Of three batches made, the third may have been on its way.
+    # Three batches are made, but the third may not be staged yet.
     assert len(list((tmp_path / "killed/out/_run/staging/00000").iterdir())) in (2, 3)
     assert drive(job).end()[0] == 0
 

@@ -1,4 +1,4 @@
-"""LoRAs in jobs, end to end: which rows get which, how often they are exchanged, and what is left behind."""
+"""LoRAs in whole jobs: the LoRAs of each row, the number of exchanges, and the output."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_images_say_their_lora(tmp_path: Path) -> None:
     assert (inside["lora"], inside["lora_scale"]) == ("style", 0.8)
 
 
-# The real thing
+# With a real model
 
 
 @pytest.fixture(scope="session")
@@ -224,7 +224,7 @@ def test_end_to_end_on_a_tiny_model(tmp_path: Path, repository: Path) -> None:
         pipe.set_loras([(tmp_path / f"{name}.safetensors", scale) for name, scale in pairs])
         assert np.array_equal(pipe("a cat", **call), np.frombuffer(made[at], np.uint8).reshape(32, 32, 3)), at
 
-    # The same job, killed and gone on with, leaves the same bytes.
+    # The same job, resumed after a kill, ends in the same bytes.
     whole = data_files(tmp_path / "out")
     (tmp_path / "out/_run/commits/00001.json").unlink()
     for path in [*(tmp_path / "out").rglob("00001.*"), tmp_path / "out/_SUCCESS"]:

@@ -1,4 +1,4 @@
-"""Rows of every kind through one job of a tiny model: each once, and the same in whatever batch."""
+"""Rows of every kind in one job of a tiny model: each is made once, and is the same in any batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from helpers.tiny_flux import TinyFlux, make_tiny_repository
 from helpers.tiny_ip_adapter import make_tiny_ip_adapter
 from helpers.tiny_redux import make_tiny_redux
 
-# A deprecation inside diffusers, of its own class.
+# A deprecation warning of diffusers about its own class.
 IN_DIFFUSERS = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 SMALLEST = TinyFlux(depth=1, depth_single_blocks=1)
 
@@ -41,7 +41,7 @@ A, B = noise_image(48, 32), noise_image(32, 48).rotate(180)
 MASK = Image.new("L", (48, 32))
 MASK.paste(255, (8, 8, 30, 20))
 FRAMES = [A.convert("P"), A.rotate(90).convert("P")]
-# Images that a row may have, each with what its row comes to.
+# Unusual images of a row, each with the reason of its failure, or "" for success.
 ODD: dict[str, tuple[bytes, str]] = {
     "1 x 1": (as_png(Image.new("RGB", (1, 1), "red")), ""),
     "CMYK": (as_png(A.convert("CMYK"), format="JPEG"), ""),
@@ -78,7 +78,7 @@ NAMES_OF_NETS = (*(name for name in NAMES if name != "reference_image"), "contro
 
 
 def make_rows(count: int, kinds: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Return so many rows, and what the message of a failed one says."""
+    """Return `count` rows, each with the reason of its failure, or "" for success."""
     plain = kinds[0]
     several = "control_image" if plain else "reference_image"
     rows: list[tuple[dict[str, Any], str]] = []
@@ -99,7 +99,7 @@ def make_rows(count: int, kinds: list[dict[str, Any]]) -> list[tuple[dict[str, A
 
 
 def stored(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as Parquet holds it, with every column."""
+    """Return a row as stored in Parquet, with every column."""
 
     def cell(value: Any) -> Any:
         if isinstance(value, list):
@@ -111,7 +111,7 @@ def stored(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def images_of(config: JobConfig) -> dict[int, np.ndarray[Any, Any]]:
-    """Read the images of a run by their seeds."""
+    """Return the images of a run by their seeds."""
     seeds = {row["key"]: row["seed"] for row in metadata(config)}
     found = {}
     for path in Path(config.output.uri, "train").glob("*.tar"):
@@ -124,7 +124,7 @@ def images_of(config: JobConfig) -> dict[int, np.ndarray[Any, Any]]:
 
 
 class Stopping(LocalEngine):
-    """An engine that asks for a stop after some shards."""
+    """An engine that requests a stop after two shards."""
 
     def run(self, factory: Any, shards: Any, stop: Stop, *rest: Any) -> Any:
         for number, result in enumerate(super().run(factory, shards, stop, *rest), 1):

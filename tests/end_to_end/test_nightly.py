@@ -1,4 +1,4 @@
-"""The scheduled render, on real processes: started twice, tried again after midnight, without anything to do."""
+"""The scheduled render with real processes: started twice, retried after midnight, and without new prompts."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ FIRST, SECOND = "2026-11-22", "2026-11-23"
 
 
 def nightly(folder: Path, prompts: str = "prompts/{date}/", runs: str = "runs/{date}") -> Path:
-    """Write the job file of a night, and prompts of two days: six shards each, the fourth can be held."""
+    """Write the job file of a night, and prompts of two days: six shards each; the fourth can be held."""
     for day in (FIRST, SECOND):
         rows = [{"prompt": f"{day} {number}" + (" [hold]" if number == 6 else "")} for number in range(12)]
         write_prompts(folder / f"prompts/{day}/part.parquet", rows)
@@ -63,7 +63,7 @@ def test_of_two_nights_started_at_once_one_renders_and_the_other_leaves_it_alone
     assert (code, winner.end()[0]) == (75, 0)
     assert "is at work on this run" in err
     assert len(commits(tmp_path / f"runs/{FIRST}")) == 6
-    assert night(job, FIRST).end()[0] == 0  # what a scheduler does on 75: again, and it is done
+    assert night(job, FIRST).end()[0] == 0  # a scheduler retries 75, and the run is done
 
 
 def test_a_retry_after_midnight_goes_on_with_the_day_it_retries(
@@ -80,7 +80,7 @@ def test_a_retry_after_midnight_goes_on_with_the_day_it_retries(
     before = {name: data for name, data in data_files(tmp_path / f"runs/{FIRST}").items() if name.startswith("train/")}
     assert 3 <= len(before) <= 4
 
-    next_day, retry = night(job, SECOND), night(job, FIRST, **address)  # side by side: two days are two runs
+    next_day, retry = night(job, SECOND), night(job, FIRST, **address)  # at the same time: two days are two runs
     assert (retry.end()[0], next_day.end()[0]) == (0, 0)
 
     after = data_files(tmp_path / f"runs/{FIRST}")
@@ -94,7 +94,7 @@ def test_a_retry_after_midnight_goes_on_with_the_day_it_retries(
 
 
 def test_a_day_without_new_prompts(tmp_path: Path, night: Drive) -> None:
-    """As one run that grows it is done at once; as a run of its own it is an error that is not worth a retry."""
+    """With --extend the command ends at once; as its own run, the day is an error that no retry can fix."""
     job = nightly(tmp_path, prompts="prompts/", runs="runs")
     assert night(job, FIRST, "--extend").end()[0] == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}

@@ -1,4 +1,4 @@
-"""Every output format, from a run to all that reads or removes its files: a new one is tried here by its name alone."""
+"""Every output format with all commands that read or remove its files; a new format needs only its name here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dtypes, fp8 and the step cache through the pipeline, the manager and a job: what they cost, that they are named."""
+"""dtypes, fp8 and the step cache in the pipeline, the manager and a job: their errors and their metadata."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loud_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose streams pass the largest number of float16, though no layer of it does alone."""
+    """A model whose streams exceed the range of float16, although no single layer does."""
     folder = copy_repository(repository, tmp_path_factory.mktemp("models") / "loud")
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
@@ -58,7 +58,7 @@ Load = Callable[..., FluxImagePipeline]
 
 @pytest.fixture(scope="session")
 def load(repository: Path) -> Load:
-    """Load the tiny model, once for each way."""
+    """A function that loads the tiny model, once for each dtype and quantization."""
     loaded: dict[tuple[Any, ...], FluxImagePipeline] = {}
 
     def load_once(dtype: str = "bfloat16", quantization: Any = "none") -> FluxImagePipeline:
@@ -76,7 +76,7 @@ def images(pipe: FluxImagePipeline, **options: Any) -> np.ndarray[Any, Any]:
 
 
 def difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """Return the mean difference in levels of 255."""
+    """Return the mean difference, in levels from 0 to 255."""
     return float(np.abs(one - other).mean())
 
 

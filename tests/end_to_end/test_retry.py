@@ -1,4 +1,4 @@
-"""Failed rows are tried again, and nothing else is; whatever is killed meanwhile, nothing is lost."""
+"""--retry-failed makes only failed rows again, and loses no image if the run is killed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LAYOUTS = ["webdataset", "files", "parquet"]
 
 
 class Healed(FakePipeline):
-    """A pipeline that fails at nothing."""
+    """A pipeline that never fails."""
 
     def _misbehave(self, prompt: str, batch_size: int, *, is_tiled: bool) -> None:
         pass
 
 
 class Making:
-    """Makes healed pipelines, and counts what they make."""
+    """A factory of healed pipelines that counts their prompts."""
 
     def __init__(self) -> None:
         self.made: list[FakePipeline] = []
@@ -59,7 +59,7 @@ def healed(config: JobConfig, making: Making | None = None, **options: Any) -> R
 
 @pytest.fixture(params=LAYOUTS)
 def failed(request: pytest.FixtureRequest, tmp_path: Path) -> JobConfig:
-    """A complete run of three shards, one image failed in each of the first two and in the third."""
+    """A complete run of three shards, with one failed image in each."""
     config = job(tmp_path / "failed", request.param)
     report = run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)
     assert (report.is_complete, report.num_failed) == (True, 3)
@@ -88,7 +88,7 @@ def test_what_failed_in_a_shard_that_is_not_committed_is_made_again(tmp_path: Pa
 
     class Breaking(FakePipeline):
         def _misbehave(self, prompt: str, batch_size: int, *, is_tiled: bool) -> None:
-            if prompt == ROWS[6]["prompt"]:  # in the batch after one with a failure
+            if prompt == ROWS[6]["prompt"]:  # in the batch after one with a failed image
                 raise DeviceFatal("broken")
             super()._misbehave(prompt, batch_size, is_tiled=is_tiled)
 
@@ -163,7 +163,7 @@ def test_a_kill_at_any_write_of_it_loses_no_image(
 ) -> None:
     whole = job(tmp_path / "whole", failed.output.format)
     healed(whole)
-    share = every * len(LAYOUTS)  # each layout has its share of them
+    share = every * len(LAYOUTS)  # each layout tests its share of the writes
     for last in range(every * LAYOUTS.index(failed.output.format), 1000, share):
         config = job(tmp_path / str(last), failed.output.format)
         run(config, engine=LocalEngine(), make_pipeline=make_fake_pipeline)

@@ -1,4 +1,4 @@
-"""A worker that is killed at any write of a shard: the next goes on to the same bytes, and makes little twice."""
+"""A worker killed at any write of a shard: the next worker ends in the same bytes, and makes few images again."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = job(tmp_path, "webdataset")
-    life = Life(4 + 4)  # staged, published with its failed rows, and then nothing more
+    life = Life(4 + 4)  # the writes that stage and publish the shard with its failed rows; none to clean up
     worker, _, plan = open_worker(config, monkeypatch, life)
     with pytest.raises(Death):
         worker.make(plan.shards[0]).finish()
     assert life.writes[-1] == "_run/commits/00000.json"
     assert len(staged(config)) == 4
-    # What the driver wrote before it began.
+    # The files that the driver writes before the workers begin.
     Store(config.output.uri).write(PLAN, plan.to_parquet())
     Store(config.output.uri).write(JOB, config.to_yaml().encode())
     monkeypatch.setattr(flux_batch.worker.worker, "Store", Store)
@@ -85,7 +85,7 @@ def test_what_dies_between_commit_and_clean_up_is_cleaned_at_the_end_of_the_run(
 
 
 def test_a_worker_killed_again_and_again_still_gets_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each life lasts for three writes: enough for one batch, announced, staged and withdrawn."""
+    """Each life lasts for three writes, enough for one batch: its mark, its images, and the removal of the mark."""
     whole = job(tmp_path / "whole", "webdataset")
     worker, _, plan = open_worker(whole, monkeypatch)
     worker.make(plan.shards[0]).finish()

@@ -1,4 +1,4 @@
-"""The process around a worker, without Ray around it."""
+"""The actor around a worker, without Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helpers.waiting import PATIENCE_S
 
 @dataclass
 class SlowStart:
-    """A worker that loads until it is let go, and then fails."""
+    """A worker that loads until `let_go` is set, and then fails."""
 
     begun: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
@@ -40,7 +40,7 @@ def test_a_worker_that_loads_says_how_long_it_has_been_silent(monkeypatch: pytes
     assert factory.begun.wait(PATIENCE_S)
     now += 100.0
     assert actor.idle_s() == 100.0
-    LOADING.beat()  # as a download does with each piece
+    LOADING.beat()  # as a download does for each piece
     now += 7.0
     assert actor.idle_s() == 7.0
     factory.let_go.set()

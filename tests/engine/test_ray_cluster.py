@@ -35,7 +35,7 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(monkeypatch: pytest
         (b"HTTP/1.0 400 Bad Request\r\n", JobError, "an HTTP server, perhaps the dashboard, answers there"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", JobError, "another program answers there, not a Ray cluster; start it, set"),
         (b"", Interrupted, r"no Ray cluster answers there \(the connection was closed at once\)"),
-        (b"\0\0\x18\4\0\0\0\0\0\0", None, ""),  # the settings of a server of gRPC
+        (b"\0\0\x18\4\0\0\0\0\0\0", None, ""),  # the SETTINGS frame of a gRPC server
     ],
     ids=["the dashboard", "another program", "nothing behind a proxy", "a cluster"],
 )
@@ -72,12 +72,12 @@ def test_a_submitted_job_looks_for_its_cluster_and_connects_later(
         monkeypatch.setattr(ray, "init", lambda **options: connected.append(options))
         find_cluster(max_workers=1, num_gpus=1)
         server.setblocking(False)
-        server.accept()[0].close()  # whether it connects or not, it has looked
+        server.accept()[0].close()  # it has checked the address in both cases
     assert bool(connected) != is_submitted
 
 
 def test_a_cluster_behind_tls_need_only_take_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:  # says nothing, as in a handshake that nobody begins
+    with socket.create_server(("127.0.0.1", 0)) as server:  # sends nothing, as before a TLS handshake
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", lambda **options: None)
@@ -139,7 +139,7 @@ def test_a_cluster_that_ray_does_not_find_is_one_sentence(
 
 def test_a_sigterm_while_ray_starts_ends_the_run_with_75(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**options: object) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init begins
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # ray.init does this first
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -167,8 +167,8 @@ def test_what_ray_starts_outlives_the_terminal(monkeypatch: pytest.MonkeyPatch) 
     before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
     try:
         connect(max_workers=1, num_gpus=1)
-        assert signal.SIGHUP in there[0]  # and in what its processes inherit
-        assert heard == [signal.SIGHUP]  # the run itself hears it after all
+        assert signal.SIGHUP in there[0]  # blocked, so that Ray's processes inherit it
+        assert heard == [signal.SIGHUP]  # the run itself still gets the signal
         assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         signal.signal(signal.SIGHUP, before)

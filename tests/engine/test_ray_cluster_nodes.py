@@ -1,4 +1,4 @@
-"""Nodes that die, are drained, come late and come back: a cluster of several raylets, one worker on each."""
+"""Nodes that die, are drained, join late or return, in a cluster of raylets with one worker each."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def raylets() -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(raylets: Any) -> Iterator[Any]:
-    """A cluster whose head has no GPU, for nodes that have one each and go with the test."""
+    """A cluster whose head has no GPU; a test adds nodes with one GPU each, which are removed after it."""
     yield raylets
     gone = list(raylets.worker_nodes)
     for node in gone:
@@ -45,7 +45,7 @@ def cluster(raylets: Any) -> Iterator[Any]:
 
 
 def remove(cluster: Any, node: Any) -> None:
-    """End a node without a chance to say goodbye."""
+    """Kill a node without a clean shutdown."""
     dying = processes(node)
     cluster.remove_node(node, allow_graceful=False)
     reap(dying)
@@ -68,7 +68,7 @@ def drain(cluster: Any, node_id: str) -> None:
 
 
 def run(factory: ToilFactory, num_shards: int) -> tuple[list[ShardResult], threading.Thread]:
-    """Run shards on another thread, so that the test can meddle."""
+    """Run shards in another thread, so that the test can interfere."""
     results: list[ShardResult] = []
     thread = threading.Thread(target=lambda: results.extend(POOL.run(factory, make_shards(num_shards))), daemon=True)
     thread.start()

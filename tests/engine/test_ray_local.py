@@ -1,4 +1,4 @@
-"""A cluster on this machine: when there is one, and its settings where the machine has its ways."""
+"""A Ray cluster on this machine: whether there is one, and its settings on unusual machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLES = ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_T
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.setenv(name, "")  # so that changes of the test are undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -179,7 +179,7 @@ def test_lines_of_workers_have_colours_on_terminals_only(
 @pytest.mark.slow
 @pytest.mark.parametrize(("address", "expected"), [("", "False"), ("head:6379", "True")])
 def test_uv_run_builds_no_environment_again_on_this_machine(address: str, expected: str) -> None:
-    """Ray reads its setting when it is imported; for workers elsewhere it stays as it is."""
+    """Ray reads this setting when it is imported; it stays unchanged for workers on other machines."""
     code = (
         "from flux_batch.config.schema import JobConfig; from flux_batch.job import ray_pool;"
         "names = {'prompts': {'uri': 'p'}, 'output': {'uri': 'o'}, 'model': {'uri': 'demo'}};"

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run, read from a node as Prometheus does; and that dashboard and alerts ask for that."""
+"""The metrics of a run, scraped from a node as by Prometheus, and their use in dashboard and alerts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from helpers.waiting import wait_until, when
 pytestmark = pytest.mark.ray
 
 MONITORING = Path(__file__).parents[2] / "cluster/monitoring"
-# Of Ray itself, and only where a node has a GPU: ray.io, "System metrics".
+# Ray's own metrics, exported only by nodes with a GPU: ray.io, "System metrics".
 GPU_ONLY = {"ray_node_gpus_utilization"}
 SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
@@ -32,11 +32,11 @@ SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 ROWS: list[dict[str, Any]] = [{"prompt": f"image {number} [slow]"} for number in range(4)]
 ROWS += [{"prompt": "[raise]"}, {"prompt": "[raise] again"}, {"prompt": None}, {"prompt": "image 7"}]
 ROWS += [{"prompt": f"image {number} [hold]"} for number in range(8, 16)]
-NUM_IMAGES, NUM_RAISED, NUM_BAD_ROWS = 5, 2, 1  # of the first two
+NUM_IMAGES, NUM_RAISED, NUM_BAD_ROWS = 5, 2, 1  # in the first two shards
 
 
 class Scraped:
-    """The last value of every series of a node, by name and those labels that are of us; `kept` is a copy of them."""
+    """The last value of every series of a node, by name and our labels; `kept` is a copy of them."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}/metrics"
@@ -47,11 +47,11 @@ class Scraped:
         self._thread.start()
 
     def total(self, name: str, *labels: str, kept: bool = False) -> float:
-        """Add up a name over the processes."""
+        """Return the sum of a series over the processes."""
         return sum((self.kept if kept else self.series).get((name, 'run="nightly"', *labels), {}).values())
 
     def has_all(self) -> bool:
-        """Return whether the first two shards are in the figures, and both workers."""
+        """Return whether the series include the first two shards and both workers."""
         return (
             self.total("ray_flux_batch_shards_total") == 2
             and self.total("ray_flux_batch_workers_up") == 2
@@ -59,7 +59,7 @@ class Scraped:
         )
 
     def keep(self) -> None:
-        """Remember what the figures are."""
+        """Copy the current values to `kept`."""
         self.kept = {name: dict(values) for name, values in list(self.series.items())}
 
     def end(self) -> None:
@@ -84,7 +84,7 @@ class Scraped:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
-    """What a run exported up to its last two shards, in which it was held until that was there, and what it left."""
+    """The metrics of a run: `kept` while its last two shards are held, `series` after its end."""
     import ray
 
     folder = tmp_path_factory.mktemp("run")
@@ -116,7 +116,7 @@ def test_every_figure_is_exported_under_its_name(scraped: Scraped) -> None:
 
 
 def test_sums_are_those_of_the_run(scraped: Scraped) -> None:
-    # A worker is killed once its last shard is told, before it exports what that added: these are of those before.
+    # A worker is killed after its last shard, before it exports that shard's counts, so compare the kept values.
     assert scraped.total("ray_flux_batch_images_total", kept=True) == NUM_IMAGES
     assert scraped.total("ray_flux_batch_failures_total", 'error_type="RuntimeError"', kept=True) == NUM_RAISED
     assert scraped.total("ray_flux_batch_failures_total", 'error_type="RowError"', kept=True) == NUM_BAD_ROWS
@@ -141,7 +141,7 @@ def test_the_dashboard_asks_only_for_what_is_exported(scraped: Scraped) -> None:
     asked = names_in(queries)
     exported = {series[0] for series in scraped.series}
     assert asked - exported == GPU_ONLY
-    assert exported - asked == set()  # and shows all of it
+    assert exported - asked == set()  # the dashboard shows all of them
     stages = re.findall(r'stage="\w+"', " ".join(queries))
     assert {("ray_flux_batch_stage_seconds_total", 'run="nightly"', stage) for stage in stages} <= set(scraped.series)
 

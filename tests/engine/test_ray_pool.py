@@ -23,13 +23,13 @@ POOL = RayPool(max_workers=2, max_attempts=3, num_cpus=0, backoff_s=0.1, slow_s=
 
 
 def begun(folder: Path, index: int) -> list[tuple[int, int, str]]:
-    """List number, losses and last loss as each try of a shard was told."""
+    """Return number, losses and last loss of the `Attempt` of each try of a shard."""
     tries = attempts(folder, index)
     return [(each["number"], each["lost"], each["reason"]) for each in tries if each["what"] == "begun"]
 
 
 def times(folder: Path, index: int) -> dict[str, float]:
-    """Return when a shard was begun, made and done; {} while nobody has it."""
+    """Return the times at which a shard was begun, made and done; {} before it is begun."""
     return {each["what"]: each["at"] for each in attempts(folder, index)}
 
 
@@ -47,7 +47,7 @@ def test_a_second_run_of_a_process_does_not_take_the_cluster_of_the_first_for_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert not joins_cluster()  # else it would keep asking for GPUs, where this machine has none
+    assert not joins_cluster()  # otherwise it would keep waiting for GPUs on a machine without any
 
 
 def test_shards_are_spread_over_the_workers(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_no_more_workers_than_shards(tmp_path: Path) -> None:
 
 
 def test_the_run_survives_workers_that_die_and_devices_that_are_lost(tmp_path: Path) -> None:
-    # It settles first so that no other shard is lost.
+    # With settles_first, a lost worker loses no other shard.
     factory = ToilFactory(tmp_path, dies=(2,), loses_device=(4,), raises=(5,), settles_first=True)
     results = list(settled(tmp_path, POOL.run(factory, make_shards(8))))
     assert sorted(result.shard for result in results) == list(range(8))
@@ -115,7 +115,7 @@ def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path) -> None:
 
 def test_a_worker_that_hangs_is_killed_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
     pool = replace(POOL, hang_s=5.0)
-    # It is at work from before the other hangs until after that is killed.
+    # The slow shard starts before the other hangs, and ends after the hanging worker is killed.
     factory = ToilFactory(tmp_path, hangs=(0,), makes_after={1: (0, "done")})
     results = list(pool.run(factory, make_shards(3)))
     assert sorted(result.shard for result in results if result.error is None) == [0, 1, 2]
@@ -244,7 +244,7 @@ def test_idle_workers_are_let_go_while_the_last_shard_is_made_but_for_a_spare_on
     import ray
 
     free: list[float] = []
-    looks: list[int] = []  # of the pool, before it ends idle workers
+    looks: list[int] = []  # the pool's checks before it ends idle workers
     num_alone = ShardQueue.num_alone
 
     def counted(queue: ShardQueue) -> int:

@@ -1,4 +1,4 @@
-"""The end of a run whose slow worker does not hear that another one was quicker: on a cluster that is simulated."""
+"""The end of a run whose slow worker ignores that another one was quicker, on a simulated cluster."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_who_was_too_slow_does_not_hold_up_a_finished_run_for_longer_than_a_stop
 
     assert sorted(results) == [(index, "1") for index in range(4)]
     assert len(silent_since) == 1
-    assert 24 < waited_s < 100  # the seconds of the driver itself count, too
+    assert 24 < waited_s < 100  # includes the driver's own seconds
     assert not pool.workers

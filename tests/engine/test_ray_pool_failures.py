@@ -1,4 +1,4 @@
-"""Shards that fail on some workers, or on all: on a cluster that is simulated."""
+"""Shards that fail on some or on all workers, on a simulated cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ERROR = Failure.of(OSError(30, "Read-only file system: '/tmp'"))
 
 
 class Failing:
-    """Workers on which every shard fails soon, and shards that fail on all workers."""
+    """Makes every shard fail soon on some workers, and some shards fail on all workers."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Failing:
 
 
 def results_of(num_shards: int, spread: float = 1.0) -> tuple[list[ShardResult], float]:
-    """Run shards. Returns: their results, and the seconds it took."""
+    """Run shards. Returns: their results, and the simulated seconds."""
     cluster = SimulatedCluster(Timing(shard_s=SHARD_S, finish_s=0.1, open_s=120.0, spread=spread))
     options = RayPool(NUM_WORKERS, max_attempts=3)
     pool = Pool(options, cluster, make_shards(num_shards), Stop(), EngineState(), lambda **gauges: None)
@@ -66,7 +66,7 @@ def test_a_worker_on_which_all_shards_fail_costs_no_shard(monkeypatch: pytest.Mo
     failing = Failing(monkeypatch, workers=broken)
     results, seconds = results_of(200)
     assert [result.error for result in results] == [None] * 200
-    assert failing.num_failures < len(broken) * seconds / 10  # after pauses of up to a minute
+    assert failing.num_failures < len(broken) * seconds / 10  # pauses grow up to a minute
 
 
 def test_shards_that_fail_on_all_workers_end_the_run_soon(monkeypatch: pytest.MonkeyPatch) -> None:

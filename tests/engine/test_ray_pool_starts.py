@@ -1,4 +1,4 @@
-"""Starts of many workers on many nodes, some of which cannot: on a cluster that is simulated."""
+"""Starts of many workers on many nodes, some of which fail, on a simulated cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORKERS_A_NODE = 8
 
 
 class Starts:
-    """The starts of all workers: of which node, and after which pause; those of `broken` nodes fail."""
+    """Records the node and the pause of each worker's start; starts on `broken` nodes fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, broken: set[int], error: FluxBatchError) -> None:
         self.pauses: list[float] = []
@@ -29,7 +29,7 @@ class Starts:
         load = SimulatedWorker.open
 
         def counted(one: SimulatedWorker, call: Future[Any], after_s: float) -> None:
-            # A process that replaces another of a node whose GPUs are free comes to that node.
+            # A replacement starts on the node with free GPUs, which is that of the failed worker.
             node = one.number // WORKERS_A_NODE if one.number < 24 else min(broken, default=0)
             self.pauses.append(after_s)
             self.of_node[node] += 1
@@ -47,7 +47,7 @@ class Starts:
 
 
 class Hangs:
-    """Workers that never load, by their numbers, and are silent since; all others show signs of life."""
+    """Makes the workers with `silent` numbers hang while they load; all others show signs of life."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, silent: Container[int]) -> None:
         self.killed: list[int] = []
@@ -76,7 +76,7 @@ class Hangs:
 
 
 def run(num_workers: int, num_shards: int, open_s: float = 5.0) -> list[str]:
-    """Run shards. Returns: the workers that have made them."""
+    """Run shards. Returns: the worker of each shard."""
     cluster = SimulatedCluster(Timing(shard_s=30.0, finish_s=0.1, open_s=open_s))
     options = RayPool(num_workers, max_attempts=3)
     pool = Pool(options, cluster, make_shards(num_shards), Stop(), EngineState(), lambda **gauges: None)
@@ -92,7 +92,7 @@ def test_a_node_whose_workers_cannot_start_costs_itself(monkeypatch: pytest.Monk
     makers = {int(worker) // WORKERS_A_NODE for worker in run(24, 200)}
     assert makers == {0, 2}
     assert starts.of_node[0] == starts.of_node[2] == WORKERS_A_NODE
-    # 400 s of run, and pauses of up to a minute.
+    # The run takes 400 s, with pauses of up to a minute.
     assert WORKERS_A_NODE < starts.of_node[1] < 40 * WORKERS_A_NODE
 
 
@@ -108,7 +108,7 @@ def test_a_thousand_workers_ask_for_their_model_in_turn(monkeypatch: pytest.Monk
     run(1000, 1000)
     assert len(starts.pauses) == 1000
     in_second = Counter(int(pause) for pause in starts.pauses)
-    assert set(in_second) == set(range(10))  # a hundred a second
+    assert set(in_second) == set(range(10))  # a hundred per second
     assert max(in_second.values()) < 150
 
     starts.pauses.clear()

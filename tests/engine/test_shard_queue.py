@@ -22,7 +22,7 @@ def take(queue: ShardQueue) -> Task:
 
 
 def succeed(queue: ShardQueue, task: Task) -> bool:
-    """Settle a task by a result. Returns: whether it is the result of its shard."""
+    """Settle a task with a result. Returns: whether this is the first result of its shard."""
     result = ShardResult(shard=task.shard.index)
     return queue.settle(task, result) is result
 
@@ -134,7 +134,7 @@ def test_a_leaving_worker_that_finishes_takes_its_shard_out_of_the_queue() -> No
 
 
 def slow_tail(min_age_s: float = 0.0) -> tuple[ShardQueue, Task, Task | None, Clock]:
-    """Two shards of 10 s and one that has run for 25 s, with the second task at it."""
+    """Two shards of 10 s, and one that has run for 25 s and is also in a second task."""
     clock = Clock()
     queue = ShardQueue(make_shards(3), clock=clock)
     slow, *others = take(queue), take(queue), take(queue)

@@ -59,7 +59,7 @@ def test_a_program_reads_an_object_of_a_signal_too(
 
 
 def test_a_signal_is_heard_though_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the terminal is gone: an error in the handler would come instead of the stop."""
+    """When the terminal is gone, an error in the signal handler must not prevent the stop."""
 
     def write(handle: int, data: bytes) -> int:
         raise BrokenPipeError(handle)
@@ -112,7 +112,7 @@ def test_the_local_engine_stops_between_shards(tmp_path: Path) -> None:
     results = LocalEngine().run(ToilFactory(tmp_path), make_shards(5), stop)
     assert [next(results).shard, next(results).shard] == [0, 1]
     stop.request("enough")
-    assert [result.shard for result in results] == [2]  # which was made while the last one was finished
+    assert [result.shard for result in results] == [2]  # it was made while the previous shard was finished
     assert not (tmp_path / "3").exists()
 
 

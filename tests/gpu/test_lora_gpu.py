@@ -1,4 +1,4 @@
-"""LoRAs on a CUDA device: where weights are changed in their places, and come back."""
+"""LoRAs on a CUDA device, where weights are changed in place and restored."""
 
 from __future__ import annotations
 

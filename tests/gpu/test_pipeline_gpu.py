@@ -1,4 +1,4 @@
-"""The pipeline on a CUDA device, against itself on the CPU."""
+"""The pipeline on a CUDA device, compared with the CPU."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_host_never_waits_for_the_device_within_the_loop(
     how = {"compile": False, "quantization": quantization, "cuda_graphs": cuda_graphs}
     pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", **how)
     options = {"seed": [1, 2], "cfg_scale": [1.0, 2.0], "negative_prompt": "bad", "output_type": "latent", **SMALL}
-    expected = pipe(["x", "y"], **options)  # libraries get ready once
+    expected = pipe(["x", "y"], **options)  # the first call initializes libraries
     loops = []
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_running_out_of_memory_is_told_and_survived(repository: Path) -> None:
     pipe = FluxImagePipeline.from_pretrained(repository, torch.bfloat16, "cuda", compile=False)
     pipe("x", seed=1, **SMALL)
     torch.cuda.empty_cache()
-    # A quarter of a gigabyte at most on the largest devices; this image needs more.
+    # At most 0.25 GB on the largest devices; these images need more.
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         with pytest.raises(OutOfMemory):

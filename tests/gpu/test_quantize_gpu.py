@@ -1,4 +1,4 @@
-"""fp8, the step cache and the figures of a plan on a CUDA device, against the CPU."""
+"""fp8, the step cache and the memory figures of a plan on a CUDA device, compared with the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PRODUCTS = pytest.mark.skipif(
 )
 PROMPTS, SEEDS = ["a cat", "A dog, 2 birds", "x"], [1, 2, 3]
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 4, "t5_sequence_length": 64}
-# A sixth of FLUX.1-dev's width and few of its blocks: large enough that activations are not lost among small change.
+# A sixth of FLUX.1-dev's width and few of its blocks: large enough for activations to dominate the memory.
 MEDIUM = replace(
     DEV,
     hidden_size=512,
@@ -63,7 +63,7 @@ def test_rows_become_the_same_fp8_as_on_the_cpu() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         (weight, scale), (ours, its_scale) = to_fp8(rows.to(dtype)), to_fp8(rows.to(CUDA, dtype))
         torch.testing.assert_close(its_scale.cpu(), scale, rtol=1e-6, atol=0)
-        # A quotient may round to the other side, by one step of fp8.
+        # A quotient may be rounded differently, by one step of fp8.
         assert (ours.cpu().view(torch.uint8) == weight.view(torch.uint8)).float().mean() > 0.999
 
 
@@ -99,8 +99,8 @@ def test_the_step_cache_reuses_and_stays_near(repository: Path) -> None:
 
 
 def peak_of(call: Any) -> int:
-    """Return how many more bytes than before were in use at the peak of a call."""
-    call()  # libraries take their workspace once
+    """Return the peak memory of a call above the memory before it, in bytes."""
+    call()  # the first call allocates the workspace of libraries
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -143,6 +143,6 @@ def test_decoding_takes_the_memory_that_a_plan_says() -> None:
     z = torch.randn(1, 16, 128, 128, dtype=torch.bfloat16, device=CUDA)
     with torch.inference_mode():
         peak = peak_of(lambda: model.decode(z))
-    # Above it lie the workspace of the convolutions and what attention needs, which depend on the device.
+    # The peak also includes workspaces of convolutions and attention, which depend on the device.
     counted = decode_bytes(shapes_of(model), 1024, 1024, 1, "bfloat16")
     assert 0.9 * counted < peak < 1.5 * counted

@@ -1,4 +1,4 @@
-"""As much of Airflow as jobs/airflow_dag.py imports: the real one is too large to install for a test."""
+"""The parts of Airflow that jobs/airflow_dag.py imports: Airflow itself is too large to install for a test."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DAG_FILE = Path(__file__).parents[2] / "jobs/airflow_dag.py"
 
 
 class AirflowFailException(Exception):
-    """A failure that is not tried again."""
+    """A failure that Airflow does not retry."""
 
 
 class Airflow:
-    """What a DAG file told Airflow: its dags and tasks with their settings; a task is not run."""
+    """Records the dags and tasks of a DAG file with their settings; runs no task."""
 
     def __init__(self) -> None:
         self.dags: dict[str, dict[str, Any]] = {}
@@ -34,7 +34,7 @@ class Airflow:
 
     def task(self, **settings: Any) -> Callable[[Callable[..., Any]], Callable[[], None]]:
         def decorate(function: Callable[..., Any]) -> Callable[[], None]:
-            # What Airflow fills in must have this default: it refuses another when the file is read.
+            # Airflow refuses a file in which an argument that it fills in has any other default.
             assert function.__defaults__ == (None,)
             self.tasks[function.__name__] = (function, settings)
             return lambda: None
@@ -43,7 +43,7 @@ class Airflow:
 
 
 def load_dag(monkeypatch: pytest.MonkeyPatch, version: int = 3) -> tuple[Any, Airflow]:
-    """Import the DAG file as Airflow of a version does."""
+    """Import the DAG file as Airflow 2 or 3 does."""
     airflow = Airflow()
     decorators = {"dag": airflow.dag, "task": airflow.task}
     failures = {"AirflowFailException": AirflowFailException}

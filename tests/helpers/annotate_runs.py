@@ -1,4 +1,4 @@
-"""A pass of annotators over a run in this process, and what it left."""
+"""Runs annotators on a run in this process, and reads their annotations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOTH = (f"prompts={PROMPTS}", "phash")
 
 
 def annotated(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateReport:
-    """Annotate a run in this process. Options of annotators are `NAME.key`, those of the pass by name."""
+    """Annotate a run in this process. Options of annotators are named `NAME.key`, all others go to `annotate`."""
     chosen = {name: options.pop(name) for name in list(options) if "." in name}
     settings = AnnotateSettings(batch_size=batch_size, failures=("max_ratio=1.0", "lease_ttl_s=5"))
     return annotate(
@@ -43,7 +43,7 @@ def rows(config: JobConfig, name: str) -> list[dict[str, Any]]:
 
 
 def open_worker(config: JobConfig, *texts: str, batch_size: int = 2, **options: Any) -> AnnotateWorker:
-    """Open the worker of a pass, as an engine does."""
+    """Open an annotation worker, as an engine does."""
     return AnnotateFactory(
         output=config.output.uri,
         storage_options={},
@@ -59,7 +59,7 @@ def shard_of(index: int, num_rows: int = 4) -> Shard:
 
 
 def after_calls(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
-    """Run an action once the annotator has been called so often."""
+    """Run an action after call `number` of the annotator."""
     call = annotators.Prompts.__call__
 
     def counted(self: Any, images: Any, records: Any) -> Any:

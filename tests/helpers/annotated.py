@@ -1,4 +1,4 @@
-"""Annotations of a finished run, written as `annotate` leaves them, without an annotator."""
+"""Writes annotations of a finished run as `annotate` does, without an annotator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flux_batch.storage.store import Store
 def put_annotations(
     store: Store, name: str, columns: pa.Schema, values: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 ) -> None:
-    """Annotate every made image: `values` of its metadata, or nulls with a reason where it returns None."""
+    """Annotate every image with `values(metadata)`, or with nulls and a reason if that is None."""
     reason = [("error_type", pa.string()), ("error_message", pa.string())]
     schema = pa.schema([pa.field("key", pa.string(), nullable=False), *columns, *reason])
     run = SavedRun.open(store)

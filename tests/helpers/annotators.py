@@ -1,4 +1,4 @@
-"""Annotators as somebody writes them, good and bad; marks in a prompt make them misbehave, as in fakes.py."""
+"""Good and bad annotators of users; marks in a prompt make them misbehave, as in fakes.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLS: list[list[str]] = []  # keys of each call in this process
 
 
 class Prompts:
-    """The length of each prompt, and the red of its first pixel."""
+    """Columns: the length of each prompt, and the red of the first pixel."""
 
     columns = pa.schema([("length", pa.int32()), ("red", pa.uint8())])
     version = "1"
@@ -36,7 +36,7 @@ class Prompts:
 
 
 class Paced(Prompts):
-    """The same, which takes its time over each image."""
+    """The same columns, slowed down by `pace_s` per image."""
 
     execution_options = frozenset({"pace_s"})
 
@@ -50,7 +50,7 @@ class Paced(Prompts):
 
 
 class Harm:
-    """Does to the marks of a prompt what must not cost more than their image."""
+    """Does harm at marks in prompts; only the images with a mark may fail."""
 
     columns = pa.schema([("length", pa.int32())])
 
@@ -63,7 +63,7 @@ class Harm:
 
 
 def _eat_memory() -> None:
-    """Take memory until there is none, of an allowance that leaves the machine alone."""
+    """Allocate memory until a limit of 256 MiB, which does not affect the machine, is used up."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
@@ -77,7 +77,7 @@ def _eat_memory() -> None:
 
 
 class Reds(Prompts):
-    """The same without a word of itself."""
+    """The same columns, without execution options."""
 
     execution_options = frozenset()
 
@@ -92,7 +92,7 @@ def misbehave(prompt: str) -> None:
 
 
 class Answers:
-    """Returns whatever it is made to, as `answer(images)`."""
+    """Returns `answer(images)`."""
 
     columns = pa.schema([("score", pa.float32())])
 
@@ -104,16 +104,16 @@ class Answers:
 
 
 class NoColumns:
-    """Promises nothing."""
+    """An annotator without `columns`."""
 
 
 def broken(**options: Any) -> Any:
-    """Cannot be opened."""
+    """Raise an OSError, as an annotator whose weights are missing."""
     raise OSError("no weights")
 
 
 class Redness:
-    """A metric of another library."""
+    """A metric as in DiffSynth-Studio."""
 
     def __init__(self, scale: int) -> None:
         self.scale = scale

@@ -1,4 +1,4 @@
-"""Chromium for tests of pages: opened without a window, with whatever it complains of written down."""
+"""Headless Chromium for tests of pages, which records the messages of the console."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.tool import tool
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Start Chromium; where there is none, skip the test."""
+    """Start Chromium, or skip the test if it is not installed."""
     program = tool("chromium", "make browser")
     from playwright.sync_api import sync_playwright
 
@@ -26,7 +26,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def opened(chromium: Any, path: Path, **options: Any) -> Iterator[Any]:
-    """Open a page from the disk, and raise AssertionError at the end for what was on its console."""
+    """Open a page from the disk. Raises at the end: AssertionError if its console had messages."""
     context = chromium.new_context(**options)
     try:
         page = context.new_page()
@@ -41,7 +41,7 @@ def opened(chromium: Any, path: Path, **options: Any) -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """Return what axe finds wrong with a page: the rule, and the first element that breaks it."""
+    """Return the violations that axe finds: each rule, and the first element that breaks it."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]

@@ -1,6 +1,6 @@
-"""A loopback proxy in front of an S3 server: counts what is asked of it, slows it down, takes it away, lies.
+"""A loopback proxy in front of an S3 server: counts requests, slows them down, and injects faults.
 
-With a certificate it speaks TLS, and like Ceph's gateway it answers 411 to a body without a length.
+With a certificate it speaks TLS. Like Ceph's gateway, it answers 411 to a body without a length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-# S3's codes of the statuses that tests inject.
+# S3's error codes for the statuses that tests inject.
 CODES = {
     400: "IncompleteBody",
     404: "NoSuchUpload",
@@ -31,18 +31,19 @@ CODES = {
     507: "XMinioStorageFull",
 }
 
-# Requests whose conditions a store ignores: those that write an object at once, and those that end an upload in parts.
+# The methods whose conditions a store ignores: PUT writes a whole object, POST completes a multipart upload.
 HABITS = {"always": frozenset[str](), "singles": frozenset({"POST"}), "never": frozenset({"PUT", "POST"})}
 
 
 @dataclass
 class Proxy:
-    """What came through; `is_down` closes every connection, `pause_s` is a wait before every 64 KiB of an answer.
+    """The state of a proxy: its requests so far, and its faults.
 
-    `fault` says what to do wrong with a request, by its method and path: None for nothing, a status to answer with
-    instead of asking the server, `cut` to end the connection instead, `torn` to send on half of what comes and end
-    both connections, `lost` to do as asked and not to answer, `half` to send half of the answer, `slow` to wait for
-    `slow_s` first, `hold` to wait until `fault` says otherwise.
+    `is_down` closes every connection. `pause_s` is the wait before every 64 KiB of an answer. `fault(method, path)`
+    returns the fault of a request: None for none, a status to answer without asking the server, `cut` to end the
+    connection, `torn` to forward half of the body and end both connections, `lost` to forward the request but not the
+    answer, `half` to send half of the answer, `slow` to wait for `slow_s` first, `hold` to wait until `fault` returns
+    something else.
     """
 
     target: str
@@ -52,12 +53,12 @@ class Proxy:
     pause_s: float = 0.0
     slow_s: float = 1.0
     fault: Callable[[str, str], int | str | None] = lambda method, path: None
-    # Methods whose conditions do not reach the server: POST ends an upload in parts, PUT writes an object at once.
+    # Methods whose conditions are removed: POST completes a multipart upload, PUT writes a whole object.
     ignores_conditions_of: frozenset[str] = frozenset()
     deciding: threading.Lock = field(default_factory=threading.Lock)
 
     def gets(self) -> list[tuple[str, str]]:
-        """Return path and range of each read of an object; listings are not among them."""
+        """Return path and range of each read of an object, without listings."""
         found = []
         for method, path, extent in self.requests:
             url = urlsplit(path)
@@ -96,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = dict(self.headers.items())
             if self.command in proxy.ignores_conditions_of:
                 headers.pop("If-None-Match", None)
-            # moto looks whether the key is free, and takes it a while later.
+            # moto checks whether the key is free and writes it later, so conditional requests take turns.
             with proxy.deciding if "If-None-Match" in headers else nullcontext():
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
@@ -118,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[begin : begin + (1 << 16)])
 
     def send_half(self, body: bytes) -> None:
-        """Send on a request whose body ends too soon."""
+        """Forward a request with half of its body."""
         with closing(self.connect()) as connection:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for key, value in self.headers.items():
@@ -130,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         return http.client.HTTPConnection(self.proxy.target.removeprefix("http://"), timeout=300)
 
     def refuse(self, status: int) -> None:
-        """Answer as S3 does, with no more than a code."""
+        """Answer with an error as S3 does, with only its code."""
         body = b"" if self.command == "HEAD" else f"<Error><Code>{CODES[status]}</Code></Error>".encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
@@ -141,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
     def handle(self) -> None:
-        with suppress(ConnectionError, ssl.SSLError):  # the other side was killed, as some tests do
+        with suppress(ConnectionError, ssl.SSLError):  # some tests kill the other side
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:

@@ -1,4 +1,4 @@
-"""A driver to kill, stop and pause: `flux-batch run` with the fake pipeline, in a process of its own.
+"""A driver to kill, stop and pause: `flux-batch run` with the fake pipeline, in its own process.
 
 python drive.py JOB.yaml ENGINE [SECTION.KEY=VALUE | --OPTION[=VALUE] ...], where ENGINE is `local` or `ray`.
 """
@@ -19,7 +19,7 @@ from helpers.fakes import make_fake_pipeline
 def be_driver(
     main: Callable[[Sequence[str]], int], words: Sequence[str], environment: Mapping[str, str], folder: str, said: str
 ) -> None:
-    """Be the driver of these words, by the `main` of a program; in a process that was forked."""
+    """Run `main(words)` as a driver in this forked process, with its stderr appended to the file `said`."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""`flux-batch run` in a process of its own, to start, hold, pause, stop and kill."""
+"""`flux-batch run` in its own process, which tests start, hold, pause, stop and kill."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from helpers import drive
 from helpers.fakes import HOLD
 from helpers.waiting import PATIENCE_S, wait_until
 
-# What a driver imports, some of it only when it runs.
+# The modules that a driver imports, some of them only when it runs.
 PRELOADED = ["helpers.drive", "flux_batch.job", "flux_batch.worker.worker", "s3fs"]
 STOPPING = "finishing or putting aside the current shards"
 
 
 class Fork:
-    """A driver that is forked from a process with everything imported: what subprocess.Popen has of it."""
+    """A driver forked from a process that has imported everything, with the interface of subprocess.Popen."""
 
     def __init__(self, program: ModuleType, words: Sequence[str], environment: Mapping[str, str], said: str) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -57,10 +57,10 @@ class Fork:
 
 
 class Driver:
-    """A driver with the fake pipeline, in a session of its own; killed where its `with` ends.
+    """A driver with the fake pipeline, in its own session, killed at the end of its `with` block.
 
-    A fork of a process with everything imported; with `is_child`, or on Ray, one that this process has started itself
-    and reaps only when asked to.
+    It is a fork of a process that has imported everything. With `is_child`, or on Ray, it is a child of this process,
+    which reaps it only on `wait`.
     """
 
     program: ClassVar[ModuleType] = drive
@@ -87,30 +87,30 @@ class Driver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.process.kill()  # of one that has ended, nothing
+        self.process.kill()  # does nothing if it has ended
         self.process.wait()
 
     @property
     def pid(self) -> int:
-        """Give its process id."""
+        """The process id."""
         return self.process.pid
 
     @property
     def said(self) -> str:
-        """Give what it has written to stderr so far."""
+        """The text that it has written to stderr so far."""
         return Path(self._said).read_text()
 
     def send(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal to the driver."""
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Ask it to stop, and wait until it has heard."""
+        """Ask the driver to stop, and wait until it has begun to."""
         self.send(number)
         wait_until(lambda: STOPPING in self.said, lambda: self.said)
 
     def end(self, timeout: float = PATIENCE_S) -> tuple[int, str]:
-        """Wait for the end. Returns: the exit code, and what was written to stderr."""
+        """Wait for the end. Returns: the exit code and the text on stderr."""
         code = self.process.wait(timeout)
         assert "Traceback" not in self.said
         return code, self.said
@@ -120,7 +120,7 @@ Drive: TypeAlias = Callable[..., Driver]
 
 
 class Hold:
-    """Keeps the images with `[hold]` in their prompt waiting, in every process with this environment."""
+    """Holds up images with `[hold]` in their prompt, in every process with this environment."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = {HOLD: str(folder)}
@@ -129,16 +129,16 @@ class Hold:
         (folder / "hold").touch()
 
     def wait_for(self, pid: int) -> None:
-        """Wait until a process is in the middle of such an image."""
+        """Wait until a process is in the middle of a held image."""
         wait_until(lambda: (self._folder / f"held-{pid}").exists())
 
     def release(self) -> None:
-        """Let them be made."""
+        """Release all held images."""
         (self._folder / "hold").unlink()
 
 
 def first_to_end(drivers: Sequence[Driver]) -> tuple[Driver, Driver]:
-    """Wait until one of two drivers ends. Returns: that one, and the other."""
+    """Wait until one of two drivers ends. Returns: the ended one, and the other."""
     wait_until(lambda: any(driver.process.poll() is not None for driver in drivers))
     ended, other = sorted(drivers, key=lambda driver: driver.process.poll() is None)
     return ended, other
@@ -150,5 +150,5 @@ def commits(output: Path) -> list[str]:
 
 
 def wait_for_commits(output: Path, count: int) -> None:
-    """Wait until so many shards are committed."""
+    """Wait until `count` shards are committed."""
     wait_until(lambda: len(commits(output)) >= count)

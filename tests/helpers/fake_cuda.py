@@ -1,8 +1,8 @@
-"""CUDA without CUDA: tensors that have a shape, a dtype and a device, and no numbers.
+"""A simulated CUDA device: tensors have a shape, a dtype and a device, but no data.
 
-torch computes from them what an operation returns and where, so that tensors of two devices, wrong shapes and wrong
-layouts raise as on a GPU. The places where a host would wait for its GPU are written down; the numbers that it would
-read there are made up.
+torch derives the shape, dtype and device of each result, so that mixed devices, wrong shapes and wrong layouts raise as
+on a GPU. The places where the host would wait for the GPU are recorded; the numbers that it would read there are made
+up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROGRAM = Path(flux_batch.__file__).parent
 
 
 def enter_cuda() -> None:
-    """Make this process able to enter a CUDA device that is not there; skip the test where it cannot be."""
+    """Make this process able to enter a missing CUDA device, or skip the test."""
     try:
         register_guard()
     except RuntimeError as error:
@@ -42,7 +42,7 @@ def enter_cuda() -> None:
 class Waits(TorchDispatchMode):
     """The places where the host waits for the device, in order, as file and function of the program.
 
-    `numbers` are the answers to the next readings of one number, which is 1 without any. `calls` counts operations.
+    `numbers` are the results of the next reads of a single number, by default 1. `calls` counts operations.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Waits(TorchDispatchMode):
         if func in _COPIES:
             source = args[1] if func is torch.ops.aten.copy_.default else args[0]
             is_blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-            # torch waits for every copy between host and device, unless it is told not to.
+            # torch waits for every copy between host and device that is not non_blocking.
             if is_blocking and source.device.type != result.device.type:
                 self._note()
         return result
@@ -76,7 +76,7 @@ class Waits(TorchDispatchMode):
             raise AssertionError(f"the host waits for the device in the loop: {waits}")
 
     def _note(self) -> None:
-        """Write down the function of the program that runs."""
+        """Record the current function of the program."""
         frame: Any = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
@@ -88,7 +88,7 @@ class Waits(TorchDispatchMode):
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Answers to what no tensor without numbers can be asked."""
+    """Replaces the functions that need the data of a tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.numpy:
@@ -106,7 +106,7 @@ def _pinned(values: Tensor) -> Tensor:
     """Return a tensor as if it were pinned. Raises: RuntimeError for one that torch cannot pin."""
     if values.is_cuda:
         raise RuntimeError("cannot pin a tensor on cuda: only dense CPU tensors can be pinned")
-    # torch copies it into memory of the same strides, and writes no number twice.
+    # torch copies it into pinned memory of the same strides, where no element may be written twice.
     if any(stride == 0 and size > 1 for size, stride in zip(values.shape, values.stride(), strict=True)):
         raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
     return values
@@ -114,14 +114,14 @@ def _pinned(values: Tensor) -> Tensor:
 
 @contextmanager
 def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Waits]:
-    """Yield the waits of the block, for which there is a GPU; call `enter_cuda` before."""
+    """Simulate a GPU for a block; call `enter_cuda` before. Yields: the waits of the block."""
     generator, as_stored = torch.Generator, StoredState._as_stored
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "no GPU")
         patch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
-        # Inference mode hides from the dispatcher what an operation is made of, its waits among it.
+        # Inference mode hides the parts of an operation, and so its waits, from the dispatcher.
         patch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad())
         patch.setattr(StoredState, "_as_stored", lambda *given: _with_numbers(lambda: as_stored(*given)))
         with NoDevice(allow_non_fake_inputs=True), _NoNumbers(), Waits() as waits:
@@ -129,6 +129,6 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[Waits]:
 
 
 def _with_numbers(read: Callable[[], Tensor]) -> Tensor:
-    """Return a tensor with its numbers: libraries that map files have ways of their own."""
+    """Return a tensor with real data, as libraries that map files need it."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         return read()

@@ -1,9 +1,9 @@
-"""A pipeline that computes no FLUX: its image is a cheap function of the request alone.
+"""A fake pipeline without FLUX: its image is a cheap function of the request.
 
 Marks in a prompt make it misbehave: `[raise]` fails the whole call, `[oom]` runs out of memory in a batch of more than
-one, `[oom whole]` in one that is not tiled, `[die]` ends the process, `[die once]` only the first that meets it (a file
-in the folder `model.uri` remembers), `[hang]` never returns, `[slow]` takes SLOW_S, `[hold]` waits while a file
-`hold` is in the folder that the variable HOLD names, and leaves there who waits.
+one image, `[oom whole]` in a call that is not tiled, `[die]` ends the process, `[die once]` ends only the first process
+(a file in the folder `model.uri` records it), `[hang]` never returns, `[slow]` takes SLOW_S. `[hold]` waits while the
+folder named by the environment variable HOLD has a file `hold`, and writes a file with the waiting process there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fake_image(
     input_image: Any = None,
     **others: Any,
 ) -> Pixels:
-    """Compute the image (uint8, h w 3) of a request."""
+    """Return the image of a request: uint8, (h, w, 3)."""
     request = (prompt, negative_prompt, seed, width, height, num_inference_steps, embedded_guidance, cfg_scale)
     if input_image is not None or others:
         start = None if input_image is None else np.asarray(input_image).tobytes()
@@ -142,7 +142,7 @@ class FakePipeline:
         ]
 
     def set_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Make images with these; of what is called `missing` or `away`, raise what a real one raises."""
+        """Use these LoRAs; raise the errors of a real pipeline for names with `missing`, `away` or `broken`."""
         for uri, _ in loras:
             if "missing" in uri:
                 raise CheckpointError(f"{uri} is not there")
@@ -153,7 +153,7 @@ class FakePipeline:
         self.lora_calls.append(list(loras))
 
     def encode_prompt(self, prompt: Sequence[str], t5_sequence_length: int | None = None) -> tuple[Any, Any]:
-        """Return embeddings that are the texts themselves, and remember what was asked for in `encoded`."""
+        """Return the texts themselves as embeddings, and record them in `encoded`."""
         self.encoded.append(list(prompt))
         return np.array(prompt, dtype=object), np.array(prompt, dtype=object)
 
@@ -196,9 +196,9 @@ class FakePipeline:
 
 
 class ControlledPipeline(FakePipeline):
-    """One that a LoRA with `canny` in its name makes another model; `guidances` has those of its images.
+    """A fake pipeline that a LoRA with `canny` in its name turns into another model.
 
-    Its device breaks after `max_calls`.
+    `guidances` records the guidance of each image. Its device fails after `max_calls`.
     """
 
     def __init__(self, max_calls: int = 1000) -> None:
@@ -218,6 +218,6 @@ class ControlledPipeline(FakePipeline):
 
 
 def make_fake_pipeline(model: ModelConfig) -> FakePipeline:
-    """Make one from the `model` section of a job; for WorkerFactory.make_pipeline, picklable by name."""
+    """Make a fake pipeline for the `model` section of a job; picklable, for WorkerFactory.make_pipeline."""
     folder = Path(model.uri)
     return FakePipeline(folder if folder.is_dir() else None)

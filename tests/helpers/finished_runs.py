@@ -1,4 +1,4 @@
-"""Finished runs to damage, look at and clean, in each format, and the command line on them."""
+"""Finished runs in each format, for tests that read, damage and clean them, and the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA = {"webdataset": "train/00001.tar", "files": "train/00001/000010000.png", "
 
 
 class Making:
-    """A maker of pipelines that counts their prompts."""
+    """A factory of fake pipelines that counts their prompts."""
 
     def __init__(self) -> None:
         self.pipelines: list[FakePipeline] = []
@@ -47,7 +47,7 @@ def finish(config: JobConfig, making: Making | None = None) -> None:
 
 
 def make_run(folder: Path, layout: str) -> JobConfig:
-    """Leave a finished run in `folder`: a copy of one that was made once, with its own path where it names it."""
+    """Write a finished run to `folder`, by a copy of a cached run with the paths changed."""
     first = _first_run(layout)
     config = make_job(folder, ROWS, output={"format": layout}, failures={"max_ratio": 1.0})
     shutil.copytree(first / "out", folder / "out")

@@ -1,4 +1,4 @@
-"""Deterministic weights and inputs without a random generator, and the tiny configurations of the golden numbers."""
+"""Deterministic weights and inputs without a random generator, and tiny models for the golden numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUTOENCODER = replace(params.AUTOENCODER, channels=(32, 64, 128, 128))
 
 
 def u(name: str, shape: Sequence[int]) -> np.ndarray:
-    """Return numbers in [-1, 1) that depend on the name and the position only."""
+    """Return numbers in [-1, 1) that depend only on the name and the position: fp64."""
     z = np.arange(math.prod(shape), dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(zlib.crc32(name.encode()))
     z ^= z >> np.uint32(16)
     z *= np.uint32(0x85EBCA6B)
@@ -50,7 +50,7 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def filled(model: nn.Module, prefix: str = "") -> nn.Module:
-    """Fill a model by key name."""
+    """Fill each parameter of a model with values that depend on its name."""
     state = {name: weight(prefix + name, value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False)
@@ -64,7 +64,7 @@ def check(
     expected = torch.tensor([*first, *last], dtype=torch.float64)
     actual = torch.cat((flat[: len(first)], flat[len(flat) - len(last) :]))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
-    # In sums the errors of thousands of numbers add up.
+    # The tolerance of a sum grows with the number of its terms.
     atol = 1e-5 + 5e-6 * flat.numel()
     torch.testing.assert_close(flat.sum().item(), total, atol=atol, rtol=1e-6)
     torch.testing.assert_close(flat.abs().sum().item(), abs_total, atol=atol, rtol=1e-6)

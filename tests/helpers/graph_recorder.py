@@ -1,6 +1,6 @@
-"""A stand-in for recording on a CUDA device: a step is run again where a device would launch its record.
+"""A replacement for CUDA graph capture that runs a step again where a device would replay its graph.
 
-As there it reads and writes only memory that was its own when it was recorded; that no Python runs is not checked.
+As with a graph, the step uses only the memory of its capture. Unlike a graph, it may run Python.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flux_batch.model.optimize.cuda_graphs import Replay
 
 
 class GraphRecorder:
-    """Counts recordings and launches."""
+    """Counts captures and replays."""
 
     def __init__(self) -> None:
         self.num_records = 0

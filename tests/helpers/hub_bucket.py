@@ -1,4 +1,4 @@
-"""A bucket of the Hugging Face Hub in memory, below `HfFileSystem`: the Hub itself takes files by Xet alone."""
+"""A bucket of the Hugging Face Hub in memory, below `HfFileSystem`, since the Hub only takes files by Xet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 
 def hub_bucket(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Put a bucket in memory behind every `hf://buckets/`. Returns: its files by path."""
+    """Replace every `hf://buckets/` by one bucket in memory. Returns: its files by path."""
     bucket_file: Any = pytest.importorskip("huggingface_hub", "2.0").BucketFile
     files: dict[str, bytes] = {}
     a_day = "2026-01-01T00:00:00.0Z"

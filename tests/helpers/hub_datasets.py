@@ -1,4 +1,4 @@
-"""A loopback server that takes data sets as the Hugging Face Hub does: preupload, LFS, commits, listings, files.
+"""A loopback server for data sets, like the Hugging Face Hub: preupload, LFS, commits, listings, files.
 
 Written from huggingface_hub's calls: _commit_api.py, lfs.py and hf_api.py.
 """
@@ -28,17 +28,17 @@ LARGE = (".parquet", ".tar", ".jpg")
 
 @dataclass
 class DatasetHub:
-    """The one data set of a hub, what was uploaded and committed, and how the hub misbehaves."""
+    """The single data set of a hub, its uploads and commits, and the faults of the hub."""
 
     endpoint: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by sha256
     uploads: Counter[str] = field(default_factory=Counter)  # times that an object was sent
-    commits: list[list[str]] = field(default_factory=list)  # the paths of each
+    commits: list[list[str]] = field(default_factory=list)  # the paths of each commit
     is_there: bool = False
     requests: int = 0
     failing: dict[int, int] = field(default_factory=dict)  # number of a request -> its status
-    lost: set[int] = field(default_factory=set)  # numbers of commits that are made, and answered with 500
+    lost: set[int] = field(default_factory=set)  # numbers of commits that succeed but are answered with 500
     on_request: Callable[[int], None] = lambda number: None
     token: str | None = None
 
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, json.dumps(answer).encode(), {}
 
     def chunks(self) -> bytes:
-        """Read a body that comes in chunks."""
+        """Return a body in chunked encoding."""
         body = b""
         if self.headers["Transfer-Encoding"] == "chunked":
             while size := int(self.rfile.readline(), 16):
@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (ConnectionError, ValueError):  # the other side was killed, perhaps in the middle of a body
+        except (ConnectionError, ValueError):  # some tests kill the other side, perhaps in the middle of a body
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
-    """Describe a file as a listing of the Hub does."""
+    """Return a file's entry in a listing of the Hub."""
     facts: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
     if path.endswith(LARGE):
         digest = hashlib.sha256(data).hexdigest()
@@ -195,14 +195,14 @@ def dataset_hub() -> Iterator[DatasetHub]:
 
 
 def publish_to(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point huggingface_hub of this process at `hub`, by plain LFS and without long waits."""
+    """Point huggingface_hub in this process at `hub`, with plain LFS and without long waits."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _detect_agent, _http
 
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(constants, name, value)
-    # Who asks is looked up at huggingface.co otherwise.
+    # Otherwise huggingface_hub asks huggingface.co about the calling program.
     monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})
     monkeypatch.setenv("HF_TOKEN", hub.token or "hf_loopback")
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))

@@ -1,4 +1,4 @@
-"""A loopback server that speaks the HTTP of Hugging Face and of ModelScope, and can misbehave like a network."""
+"""A loopback server with the HTTP APIs of Hugging Face and ModelScope, and faults of a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGE = (".safetensors", ".gguf", ".model")
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that came in."""
+    """A received request."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Seen:
 
 @dataclass
 class Hub:
-    """What lies on the hub, how it misbehaves, and what was asked of it."""
+    """The files of a hub, its faults, and the requests it received."""
 
     endpoint: str = ""
     cdn: str = ""
@@ -42,13 +42,13 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     commit: str = COMMIT
     requests: list[Seen] = field(default_factory=list)
-    # Misbehaviour.
-    statuses: list[int] = field(default_factory=list)  # answers to the next requests, instead of what was asked
-    breaks: int = 0  # so many answers of file contents end in the middle
-    damaged: set[str] = field(default_factory=set)  # files of which one byte arrives changed
+    # Faults.
+    statuses: list[int] = field(default_factory=list)  # statuses to answer the next requests with
+    breaks: int = 0  # number of next answers with file contents that end in the middle
+    damaged: set[str] = field(default_factory=set)  # files that arrive with one byte changed
     has_ranges: bool = True
     pause_s: float = 0.0  # before every 64 KiB of contents
-    stops_after: int | None = None  # so many bytes of contents, an answer stands still
+    stops_after: int | None = None  # number of bytes after which an answer with contents stops
 
     def gets(self, part: str = "") -> list[Seen]:
         """Return the requests for contents of files whose address has `part`."""
@@ -57,13 +57,13 @@ class Hub:
         return [each for each in seen if part in unquote(each.path)]
 
     def bytes_of(self, digest: str) -> bytes:
-        """Return the contents with that sha256."""
+        """Return the contents with a sha256."""
         files = (data for files in self.repositories.values() for data in files.values())
         return next(data for data in files if hashlib.sha256(data).hexdigest() == digest)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Both hubs, and the place that Hugging Face keeps large files at, which is another server."""
+    """The handler of both hubs, and of the separate server for large files of Hugging Face."""
 
     hub: Hub
     is_cdn = False
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, b"")
 
     def model_info(self, name: str, revision: str) -> None:
-        """Describe a repository of Hugging Face, as GET /api/models/.../revision/... does with blobs=true."""
+        """Send a repository of Hugging Face, as GET /api/models/.../revision/... with blobs=true."""
         if name not in self.hub.repositories:
             self.send(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif revision not in ("main", self.hub.commit):
@@ -112,12 +112,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, json.dumps({"id": name, "sha": self.hub.commit, "siblings": siblings}).encode())
 
     def tree(self, name: str) -> None:
-        """List the files of a repository of Hugging Face, as GET /api/models/.../tree/... does with recursive=true."""
+        """List the files of a Hugging Face repository, as GET /api/models/.../tree/... with recursive=true."""
         entries = [tree_entry(describe(path, data)) for path, data in self.hub.repositories.get(name, {}).items()]
         self.send(200, json.dumps(entries).encode())
 
     def dataset_tree(self, name: str, folder: str, query: Mapping[str, list[str]]) -> None:
-        """List the files and folders below a folder of a data set, or those in it."""
+        """List the files and folders in a folder of a data set, recursively if the query says so."""
         prefix = f"{folder}/" if folder else ""
         files = {path: data for path, data in self.hub.repositories[name].items() if path.startswith(prefix)}
         is_recursive = query.get("recursive", [""])[0].lower() in ("true", "1")
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
 
     def resolve(self, name: str, path: str) -> None:
-        """Send a file of Hugging Face: small ones here, large ones by pointing elsewhere."""
+        """Send a small file of Hugging Face, or the redirect to a large one."""
         common = {"X-Repo-Commit": self.hub.commit}
         data = self.hub.repositories.get(name, {}).get(path)
         if data is None:
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             self.contents(path, data, common | {"ETag": f'"{git_sha1(data)}"'})
 
     def modelscope(self, name: str, rest: list[str], query: Mapping[str, list[str]]) -> None:
-        """List a repository of ModelScope, or give a file of it."""
+        """List a repository of ModelScope, or send a file of it."""
         if name not in self.hub.repositories:
             self.send(404, json.dumps({"Code": 10010205001, "Message": "not found", "Success": False}).encode())
         elif rest == ["repo", "files"]:
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             self.contents(path, self.hub.repositories[name][path])
 
     def contents(self, path: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """Send the contents of a file, or the range asked for."""
+        """Send the contents of a file, or the requested range."""
         start, end, status = 0, len(data), 200
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', **(headers or {})}
         if self.hub.has_ranges and (asked := self.headers["Range"]):
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[begin : begin + (1 << 16)])
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # the other side was killed, as some tests do
+        with suppress(ConnectionError):  # some tests kill the other side
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -209,8 +209,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Let this process take `hub` for both hubs, and `cache` for every cache."""
-    # Here, since huggingface_hub reads its environment at import, which conftest has yet to set.
+    """Point this process at `hub` as both hubs, and at `cache` as every cache."""
+    # Imported here, since huggingface_hub reads its environment at import, before conftest has set it.
     from huggingface_hub import constants
 
     from flux_batch.storage import retry
@@ -223,21 +223,21 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "huggingface"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
-    monkeypatch.setattr(retry, "ATTEMPTS", 3)  # fewer, so that what never comes is quick
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)  # fewer than usual, so that requests that never succeed fail quickly
 
 
 def describe(path: str, data: bytes) -> dict[str, object]:
-    """Describe a file as Hugging Face does."""
+    """Return the description of a file as in Hugging Face's model info."""
     facts: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
     if path.endswith(LARGE):
         digest = hashlib.sha256(data).hexdigest()
         facts["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
-        facts["blobId"] = "0" * 40  # that of the pointer
+        facts["blobId"] = "0" * 40  # the id of the LFS pointer
     return facts
 
 
 def tree_entry(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a file as a listing of a tree has it."""
+    """Return the description of a file as in a tree listing."""
     entry = {"type": "file", "path": facts["rfilename"], "size": facts["size"], "oid": facts["blobId"]}
     if lfs := facts.get("lfs"):
         entry["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
@@ -245,7 +245,7 @@ def tree_entry(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def git_sha1(data: bytes) -> str:
-    """Return git's name of a blob."""
+    """Return git's id of a blob."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Records of images with every type of passthrough column, and with values that loaders get wrong."""
+"""Image records with passthrough columns of every type, and with values that loaders get wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = ["plain", 'say "cheese",\nplease', "猫と犬 🐈‍⬛", "x" * 2000,
 UTC = datetime.UTC
 MAP = pa.map_(pa.string(), pa.int8())
 MOMENT = pa.timestamp("us", "UTC")
-# A column of each type that may travel, with values that loaders get wrong: nulls first, whole floats, empty lists.
+# A column of each allowed type, with values that loaders get wrong: nulls first, whole floats, empty lists.
 COLUMNS: dict[str, tuple[pa.DataType, list[Any]]] = {
     "text": (pa.string(), [None, "", "ü 猫", "null", "1", "2020-01-01"]),
     "flag": (pa.bool_(), [None, True, False, True, None, False]),
@@ -51,7 +51,7 @@ PASSTHROUGH = pa.schema([(name, kind) for name, (kind, _) in COLUMNS.items()])
 
 
 def make_record(row: int, prompt: str) -> ImageRecord:
-    """Return the record of an image that was made, with the values of `row` in COLUMNS."""
+    """Return the record of a successful image, with the values of `row` in COLUMNS."""
     values = {name: values[row % len(values)] for name, (_, values) in COLUMNS.items()}
     return ImageRecord(
         key=image_key("00000", row, 0),

@@ -1,6 +1,6 @@
-"""The tables of keys in jobs/README.md, made from the texts, types and defaults of the config's fields.
+"""Builds the tables of keys in jobs/README.md from the texts, types and defaults of the config's fields.
 
-python tests/helpers/job_file_table.py        writes them into the page; `make pages` does it
+python tests/helpers/job_file_table.py writes them into the page, as `make pages` does
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START, END = "<!-- keys: `make pages` writes these tables -->\n", "<!-- end of k
 
 
 def tables(config: type[BaseModel] = JobConfig) -> str:
-    """Return a Markdown table for each section of the job file, and one for the items of a list of sections."""
+    """Return a Markdown table for each section of the job file, and for the items of each list of sections."""
     return "\n".join(f"#### {title}\n\n{table(section, prefix)}" for title, prefix, section in _sections(config, ""))
 
 
@@ -59,7 +59,7 @@ def field_texts(section: type[BaseModel]) -> dict[str, str]:
 
 
 def value_words(field: FieldInfo) -> str:
-    """Return which values a field takes, in the words of a page."""
+    """Return the type and range of a field in words."""
     takes_one = any(isinstance(each, BeforeValidator) for each in field.metadata) and _words(field.annotation) == "list"
     return ("text or " if takes_one else "") + _words(field.annotation) + _range(field)
 
@@ -126,7 +126,7 @@ def _range(field: FieldInfo) -> str:
 
 
 def write(page: Path = PAGE) -> None:
-    """Put the tables into the page, in place of those that are there."""
+    """Replace the tables of the page."""
     before, _, rest = page.read_text().partition(START)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{START}\n{tables()}\n{END}{after}")

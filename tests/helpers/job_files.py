@@ -1,4 +1,4 @@
-"""Jobs for tests: data sets of prompts, job files, and what a run left behind."""
+"""Jobs for tests: tables of prompts, job files, and the files that a run wrote."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def make_job(folder: Path, rows: list[dict[str, Any]] | None = None, **sections:
 
 
 def write_job(config: JobConfig, path: Path) -> Path:
-    """Write a job file that means `config`."""
+    """Write `config` as a job file."""
     path.write_text(config.to_yaml())
     return path
 
 
 def data_files(output: Path) -> dict[str, bytes]:
-    """Read everything that readers of the data set see: train/ and metadata/."""
+    """Read all files that readers of the data set see: train/ and metadata/."""
     return {
         str(path.relative_to(output)): path.read_bytes()
         for part in ("train", "metadata")

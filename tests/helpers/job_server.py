@@ -1,6 +1,6 @@
-"""A Ray cluster of two nodes on this machine as operators start it: `ray start`, and the job server of its dashboard.
+"""A Ray cluster of two nodes on this machine, started by `ray start`, with the job server of its dashboard.
 
-Everything listens on loopback, on free ports, and every process started ends with it, the drivers of jobs included.
+Everything listens on free ports on loopback. Every process that it started ends with it, including drivers of jobs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from helpers.waiting import PATIENCE_S, wait_until
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 150.0
-# How Ray calls a process that is home to a worker of a run.
+# The title that Ray gives to a process with a worker of a run.
 WORKER = f"ray::{WorkerActor.__name__}".encode()
-# A node that is gone counts as dead after 1.5 s instead of 15, and one that is only slow to answer does not.
-# No process is started for tasks beforehand: the workers of a run are on other nodes, or have another environment.
+# A lost node counts as dead after 1.5 s instead of 15, but a slow node does not. No worker process is started in
+# advance: the workers of a run are on other nodes, or have another environment.
 SYSTEM = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 20_000,
     "health_check_failure_threshold": 3,
     "prestart_worker_first_driver": False,
 }
-# Sockets of Ray lie in it, whose paths may have 107 characters.
+# Ray puts sockets here, whose paths may have at most 107 characters.
 TEMPORARY = Path(tempfile.gettempdir())
 
 
 class JobServer:
-    """A head and one more node, with a logical GPU each; `url` is what RAY_ADDRESS is for who submits."""
+    """A head and one more node, with a logical GPU each; `url` is the RAY_ADDRESS to submit jobs to."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
@@ -56,10 +56,10 @@ class JobServer:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._num_started = 0
-        self._known: dict[int, str] = {}  # every process seen, and when it was started
+        self._known: dict[int, str] = {}  # all processes seen so far, and their start times
 
     def start(self) -> None:
-        """Have both nodes come."""
+        """Start both nodes."""
         options = ["--head", f"--port={self._gcs.rpartition(':')[2]}", f"--temp-dir={self._folder}", "--num-cpus=1"]
         options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.url.rpartition(':')[2]}"]
         options += [f"--ray-client-server-port={free_port()}", f"--system-config={json.dumps(SYSTEM)}"]
@@ -67,21 +67,21 @@ class JobServer:
         self.add_node()
 
     def add_node(self) -> None:
-        """Have a node come, and wait until it is there."""
+        """Start a node, and wait until it has joined the cluster."""
         self._add(f"--address={self._gcs}", "--num-cpus=0")
 
     def kill_node(self) -> None:
-        """Kill the raylet of the last node, as the loss of a machine does; its workers notice by themselves."""
+        """Kill the raylet of the last node, like the loss of a machine; its workers notice by themselves."""
         self._look()
         node = self._nodes.pop()
         for pid in descendants(node.pid):
             if (Path("/proc") / str(pid) / "comm").read_text().strip() == "raylet":
                 os.kill(pid, signal.SIGKILL)
-        node.wait(timeout=START_S)  # it ends the rest of the node
+        node.wait(timeout=START_S)  # `ray start --block` ends the rest of the node
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let no worker of a run get on meanwhile."""
+        """Pause all workers of runs during a block."""
         workers = [pid for node in self._nodes for pid in descendants(node.pid) if is_worker(pid)]
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
@@ -93,21 +93,21 @@ class JobServer:
                     os.kill(pid, signal.SIGCONT)
 
     def log_of(self, name: str) -> str:
-        """Read what the driver of a job has said so far, where it runs."""
+        """Read the log of a job's driver so far."""
         logs = self._folder.glob(f"session_*/logs/job-driver-{name}.log")
         return "".join(path.read_text() for path in logs if not path.parents[1].is_symlink())
 
     def run(
         self, *command: str, environment: Mapping[str, str] | None = None, timeout_s: float = PATIENCE_S
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command that finds the job server, as from the machine of whoever submits."""
+        """Run a command with the job server as its RAY_ADDRESS, as on the machine of a user who submits."""
         variables = {**self.environment, **(environment or {}), "RAY_ADDRESS": self.url}
         return subprocess.run(
             command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
         )
 
     def end(self) -> None:
-        """End every process that came of this one."""
+        """End every process of this cluster."""
         self._look()
         for node in self._nodes:
             node.kill()
@@ -116,7 +116,7 @@ class JobServer:
         self._log.close()
 
     def _kill_rest(self) -> list[int]:
-        """Kill what is left: processes seen before, and those that name the folder of this cluster."""
+        """Kill the remaining processes: those seen before, and those that name the folder of this cluster."""
         left = {pid for pid, started in self._known.items() if started_at(pid) == started}
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal() and started_at(int(folder.name)):
@@ -139,7 +139,7 @@ class JobServer:
         wait_until(lambda: self._num_seen() == self._num_started, self._said, START_S)
 
     def _num_seen(self) -> int:
-        """Count the nodes that ever came: one that was lost may count as alive for a while."""
+        """Return the number of nodes that ever joined; a lost node may count as alive for a while."""
         if any(node.poll() is not None for node in self._nodes):
             raise AssertionError(f"a node ended: {self._said()}")
         with suppress(OSError, ValueError), urllib.request.urlopen(f"{self.url}/nodes?view=summary", timeout=5) as said:
@@ -147,7 +147,7 @@ class JobServer:
         return 0
 
     def _look(self) -> None:
-        """Remember what runs, so that it can be ended even if its parents are gone by then."""
+        """Record the running processes, so that they can be ended even after their parents."""
         for node in self._nodes:
             self._known |= {pid: started for pid in descendants(node.pid) if (started := started_at(pid))}
 
@@ -157,7 +157,7 @@ class JobServer:
 
 @contextmanager
 def job_server(environment: Mapping[str, str]) -> Iterator[JobServer]:
-    """Run a cluster."""
+    """Run a cluster during a block."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=TEMPORARY))
     server = JobServer(folder, environment)
     try:
@@ -169,7 +169,7 @@ def job_server(environment: Mapping[str, str]) -> Iterator[JobServer]:
 
 
 def descendants(pid: int) -> list[int]:
-    """List the processes that came of one, itself not included."""
+    """List the child processes of a process, recursively, without itself."""
     parents: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -184,7 +184,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def is_worker(pid: int) -> bool:
-    """Return whether a process is one in which a worker of a run is at home."""
+    """Return whether a process holds a worker of a run."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(WORKER)
     except OSError:
@@ -192,7 +192,10 @@ def is_worker(pid: int) -> bool:
 
 
 def started_at(pid: int) -> str:
-    """Return when a process was started, which tells it from a later one of its number; empty if it has ended."""
+    """Return the start time of a process, empty if it has ended.
+
+    It tells a process from a later one with the same id.
+    """
     with suppress(OSError, IndexError):
         state = stat(pid)
         return "" if state[0] in "ZX" else state[19]
@@ -200,6 +203,6 @@ def started_at(pid: int) -> str:
 
 
 def stat(pid: int) -> list[str]:
-    """Give what proc_pid_stat(5) says of a process, from the third field on: state, parent, ..."""
-    # The second field, the name of the program, may hold blanks and brackets.
+    """Return the fields of a process in proc_pid_stat(5) from the third on: state, parent, ..."""
+    # The second field, the name of the program, may contain blanks and brackets.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,5 +1,8 @@
-"""Rules of KubeRay and of a run that no schema can express. Source: kuberay 1.7, ray-operator/controllers/ray/utils/
-validation.go; and how long a worker and a driver take to stop."""
+"""Rules of KubeRay and of a run that no schema can express.
+
+They include the time that a worker and a driver need to stop.
+Source: kuberay 1.7, ray-operator/controllers/ray/utils/validation.go.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,28 @@ from flux_batch.config.running import FailuresConfig
 
 QUEUE = "kueue.x-k8s.io/queue-name"
 LONGEST_NAME = {"RayCronJob": 36, "RayJob": 47, "RayCluster": 53}
-# What a notice of AWS leaves, and what a driver needs beyond its drain to give its lease back.
+# The seconds of an AWS spot notice, and the seconds that a driver needs after its drain to release its lease.
 SPOT_NOTICE_S, DRIVER_SPARE_S = 120, 5
 DRAIN_S = FailuresConfig().drain_s
-# Defaults of Kubernetes, of Ray for a node that is told to go, and of `ray job stop`.
+# The defaults of Kubernetes, of Ray for a node that gets SIGTERM, and of `ray job stop`.
 GRACE_S, NODE_DRAIN_S, JOB_STOP_S = 30, 30, 3
 OF_RAY_START = {"num-cpus", "num-gpus", "memory", "resources"}
 
 
 def broken_rules(manifest: dict[str, Any]) -> list[str]:
-    """List what a manifest of Ray breaks."""
+    """List the rules that a manifest of Ray breaks."""
     return list(_broken(manifest))
 
 
 def job_of(manifest: dict[str, Any]) -> dict[str, Any] | None:
-    """Find the spec of a RayJob in a manifest."""
+    """Return the spec of the RayJob in a manifest, None without one."""
     spec: dict[str, Any] = manifest["spec"]
     job: dict[str, Any] | None = {"RayJob": spec, "RayCronJob": spec.get("jobTemplate")}.get(manifest["kind"])
     return job
 
 
 def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Find the spec of a RayCluster in a manifest; empty for a job that is sent to a cluster."""
+    """Return the spec of the RayCluster in a manifest; empty for a job that is sent to a cluster."""
     job = job_of(manifest)
     cluster: dict[str, Any] = manifest["spec"] if job is None else job.get("rayClusterSpec", {})
     return cluster
@@ -125,18 +128,18 @@ def _broken_group(group: dict[str, Any]) -> Iterator[str]:
 
 
 def grace_s(group: dict[str, Any]) -> float:
-    """Return how long after its SIGTERM a pod of a group is killed."""
+    """Return the seconds from SIGTERM to the kill of a group's pod."""
     return float(group["template"]["spec"].get("terminationGracePeriodSeconds", GRACE_S))
 
 
 def node_drain_s(group: dict[str, Any]) -> float:
-    """Return for how long Ray drains a node of a group after SIGTERM, before it ends what runs there."""
+    """Return the seconds that Ray drains a node of a group after SIGTERM before it ends its processes."""
     env = {one["name"]: one.get("value") for one in group["template"]["spec"]["containers"][0].get("env", [])}
     return float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or NODE_DRAIN_S)
 
 
 def shm_bytes(group: dict[str, Any]) -> float:
-    """Return the size of /dev/shm; without a volume of its own, KubeRay makes one as large as the memory."""
+    """Return the bytes of /dev/shm; without a volume for it, KubeRay makes one as large as the memory."""
     pod = group["template"]["spec"]
     mounts = pod["containers"][0].get("volumeMounts", [])
     names = [mount["name"] for mount in mounts if mount["mountPath"] == "/dev/shm"]
@@ -145,7 +148,7 @@ def shm_bytes(group: dict[str, Any]) -> float:
 
 
 def object_store_bytes(group: dict[str, Any]) -> float:
-    """Return the size that Ray takes by itself: ray 2.60, _private/utils.py, resolve_object_store_memory."""
+    """Return the bytes of the object store. Source: ray 2.60, _private/utils.py, resolve_object_store_memory."""
     given = group["rayStartParams"].get("object-store-memory")
     return float(given or min(0.3 * memory_bytes(group), max(1e10, 0.95 * shm_bytes(group))))
 

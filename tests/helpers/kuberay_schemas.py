@@ -1,7 +1,7 @@
-"""The schemas of KubeRay's kinds, with what they do not name forbidden; they lie beside this file.
+"""The schemas of KubeRay's kinds, which forbid unknown fields here; they are stored beside this file.
 
 They are `v1` of ray-operator/config/crd/bases in KubeRay 1.7.0 (Apache-2.0, The KubeRay Authors), without descriptions.
-Renew:
+To renew them:
 
     python tests/helpers/kuberay_schemas.py FOLDER_OF_CRDS
 """
@@ -23,21 +23,21 @@ KINDS = ("RayCluster", "RayCronJob", "RayJob")
 
 
 def schema_errors(manifest: dict[str, Any]) -> list[str]:
-    """List what KubeRay's API would refuse in a manifest, and what it would silently drop."""
+    """List the errors of a manifest: KubeRay's API would refuse it, or silently drop unknown fields."""
     found = validator_of(manifest["kind"]).iter_errors(manifest)
     return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in found]
 
 
 @cache
 def validator_of(kind: str) -> Draft7Validator:
-    """Return what validates manifests of a kind."""
+    """Return the validator of manifests of a kind."""
     schema = closed(json.loads(lzma.decompress(PACKED.read_bytes()))[kind])
     schema["properties"]["metadata"] = {"type": "object"}
     return Draft7Validator(schema)
 
 
 def closed(schema: Any) -> Any:
-    """Forbid what a schema does not name."""
+    """Return a schema that forbids unknown fields."""
     if isinstance(schema, list):
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
@@ -49,7 +49,7 @@ def closed(schema: Any) -> Any:
 
 
 def pack(folder: Path) -> None:
-    """Write down the schemas of the definitions in a folder."""
+    """Store the schemas of the definitions in a folder."""
     found = {}
     for path in folder.glob("*.yaml"):
         definition = yaml.safe_load(path.read_text())
@@ -60,7 +60,10 @@ def pack(folder: Path) -> None:
 
 
 def without_descriptions(schema: Any, *, is_names: bool = False) -> Any:
-    """Leave out the prose; `is_names` where the keys are names of fields, one of which may be `description`."""
+    """Return a schema without descriptions.
+
+    With `is_names` the keys are names of fields, and one may be `description`.
+    """
     if isinstance(schema, list):
         return [without_descriptions(one) for one in schema]
     if not isinstance(schema, dict):

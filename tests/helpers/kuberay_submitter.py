@@ -1,4 +1,4 @@
-"""The command that KubeRay's operator gives to the pod which submits a RayJob, and the environment of that pod.
+"""The command and the environment of the pod with which KubeRay's operator submits a RayJob.
 
 Source: kuberay 1.7, ray-operator/controllers/ray/common/job.go (BuildJobSubmitCommand) and rayjob_controller.go
 (getSubmitterTemplate).
@@ -12,14 +12,16 @@ from typing import Any
 
 import yaml
 
-# The program and its options, to which the line of `submitting_line` is the one argument.
+# The program and its options; its only argument is `submitting_line`.
 SHELL = ("/bin/bash", "-ce", "--")
 
 
 def submitting_line(job: Mapping[str, Any], address: str, job_id: str) -> str:
-    """Return the line of bash for the spec of a RayJob; a retry of the pod follows a job that is submitted already.
+    """Return the line of bash for the spec of a RayJob.
 
-    Leaves out the loop before it, which waits for the dashboard.
+    A retry of the pod follows the job if it is already submitted.
+
+    The operator's loop that waits for the dashboard is left out.
     """
     runtime_env = json.dumps(json.dumps(yaml.safe_load(job["runtimeEnvYAML"])))
     at, options = f"--address {address}", f"--runtime-env-json {runtime_env} --submission-id {job_id}"
@@ -31,9 +33,9 @@ def submitting_line(job: Mapping[str, Any], address: str, job_id: str) -> str:
 
 
 def submitter_environment(job: Mapping[str, Any], address: str, job_id: str, name: str) -> dict[str, str]:
-    """Return what the pod has beyond its image: what its template says, and what the operator adds.
+    """Return the pod's environment variables: those of its template and those of the operator.
 
-    `name` is that of the RayJob, which the submitting Job shares, and Kubernetes labels the pods of a Job with it.
+    `name` is the name of the RayJob and of the Job that submits it; Kubernetes labels the pods of a Job with it.
     """
     fields = {"metadata.labels['batch.kubernetes.io/job-name']": name}
     template = job.get("submitterPodTemplate", {"spec": {"containers": [{}]}})

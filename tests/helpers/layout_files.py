@@ -1,4 +1,4 @@
-"""Writers of every checkpoint layout, and what each file holds once its encoding is undone; for tests."""
+"""Writers of every checkpoint layout, and the tensors of each file once decoded; for tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def state_on_meta(make: Callable[[], nn.Module]) -> State:
 
 
 def coarse_state(seed: int = 0, params: FluxParams = PARAMS) -> State:
-    """Return random fp32 weights that every float format down to fp8 holds exactly: 1 to 1.75 times a power of two."""
+    """Return random fp32 weights that are exact in every float format down to fp8.
+
+    Each is 1 to 1.75 times a power of two.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {name: coarse(value.shape, generator) for name, value in state_on_meta(lambda: Flux(params)).items()}
 
@@ -56,7 +59,7 @@ def coarse(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class LayoutFile:
-    """How a transformer (fp32, original keys) is written, and what it is to be read as."""
+    """The writer of a transformer (fp32, original keys), and the values to be read from its file."""
 
     write: Callable[[State, Path], Path]
     encode: Encode
@@ -67,7 +70,7 @@ def plain(dtype: torch.dtype) -> Encode:
 
 
 def safetensors(dtype: torch.dtype, rename: Callable[[State], State] = dict) -> LayoutFile:
-    """Return the layout of one file with these keys and all tensors of one dtype."""
+    """Return the layout of one file with renamed keys and all tensors in one dtype."""
 
     def write(state: State, folder: Path) -> Path:
         return save({name: value.to(dtype) for name, value in rename(state).items()}, folder)
@@ -76,7 +79,7 @@ def safetensors(dtype: torch.dtype, rename: Callable[[State], State] = dict) -> 
 
 
 def save(state: State, folder: Path, metadata: dict[str, str] | None = None, name: str = "model.safetensors") -> Path:
-    """Write one file and the config.json that tells what a tiny model's weights cannot."""
+    """Write one file and a config.json, since a tiny model's weights do not reveal its configuration."""
     write_config(folder)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / name, metadata)
     return folder / name
@@ -110,7 +113,7 @@ def with_norm_weights(state: State) -> State:
 
 
 def others() -> State:
-    """Return the bare beginnings of the other parts of an all-in-one file, and what lies beside them."""
+    """Return a few tensors for the other parts of an all-in-one file, and some that belong to no part."""
     return {
         "vae.decoder.up.0.block.0.conv1.bias": torch.zeros(1),
         "text_encoders.clip_l.logit_scale": torch.zeros(()),
@@ -133,7 +136,7 @@ def is_matrix(value: Tensor) -> bool:
 
 
 def scale_of(value: Tensor) -> Tensor:
-    """Return the power of two that brings the largest number close to fp8's end, 448."""
+    """Return the power of two that scales the largest number close to the maximum of fp8, 448."""
     return torch.exp2(torch.ceil(torch.log2(value.abs().max() / 448)))
 
 
@@ -142,7 +145,7 @@ def row_scale_of(value: Tensor) -> Tensor:
 
 
 def scaled(state: State, kind: torch.dtype, scale: Callable[[Tensor], Tensor] = scale_of) -> dict[str, Any]:
-    """Return for each matrix its fp8 form and scale, for the others themselves."""
+    """Return each matrix as its fp8 values and scale, and other tensors unchanged."""
     return {
         name: ((value / scale(value)).to(kind), scale(value)) if is_matrix(value) else value
         for name, value in state.items()
@@ -171,7 +174,7 @@ def scaled_file(
 def scaled_state(
     state: State, spelling: str, kind: torch.dtype, scale: Callable[[Tensor], Tensor] = scale_of
 ) -> tuple[State, dict[str, str] | None]:
-    """Return what a file of scaled fp8 holds, and its metadata."""
+    """Return the tensors of a file of scaled fp8, and its metadata."""
     format_name = str(kind).removeprefix("torch.")
     stored: State = {}
     layers = {}
@@ -202,7 +205,7 @@ def as_bytes(text: str) -> Tensor:
 
 
 def gguf_kind(value: Tensor, kind: str) -> gguf.GGMLQuantizationType:
-    """Return how a converter stores a tensor: vectors and rows that are no whole blocks in F32."""
+    """Return the type in which a converter stores a tensor: F32 for vectors and rows without whole blocks."""
     wanted = gguf.GGMLQuantizationType[kind]
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     fits = value.ndim == 2 and value.shape[-1] % block == 0
@@ -238,7 +241,7 @@ def gguf_file(kind: str, rename: Callable[[State], State] = dict, architecture: 
 
 
 def gguf_round(value: Tensor, kind: str) -> Tensor:
-    """Return what the package `gguf` makes of a tensor, there and back."""
+    """Return a tensor quantized and dequantized by the package `gguf`."""
     stored_as = gguf_kind(value, kind)
     data = gguf.quantize(value.float().contiguous().numpy(), stored_as)
     return torch.from_numpy(np.array(gguf.dequantize(data, stored_as))).reshape(value.shape)
@@ -267,6 +270,6 @@ EXACT = {
     "gguf F16": gguf_file("F16", prefixed),
     "gguf BF16 of diffusers": gguf_file("BF16", transformer_to_diffusers, architecture=None),
 }
-# Those that hold other numbers than they were given.
+# Layouts that round the values.
 ROUNDED = {kind: gguf_file(kind) for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")}
 LAYOUTS = EXACT | {f"gguf {kind}": layout for kind, layout in ROUNDED.items()}

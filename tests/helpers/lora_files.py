@@ -1,7 +1,7 @@
-"""LoRA files of every family with random numbers, and what they add to a model, computed in another way than the code.
+"""Random LoRA files of every family, and the expected weights, computed independently of the code.
 
-A LoRA is made as `Factors` by module in the vocabulary of its family; the expected weights are those of a diffusers
-state dict, to which every module is added on its own.
+A LoRA is a mapping of its family's module names to `Factors`. For the expected weights, each module is added separately
+to a diffusers state dict.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Factors:
 
     @property
     def delta(self) -> Tensor:
-        """What it adds at scale 1: (o, i) fp64."""
+        """The change of the weight at scale 1: (o, i), fp64."""
         alpha = len(self.down) if self.alpha is None else self.alpha
         return alpha / len(self.down) * (self.up.double() @ self.down.double())
 
@@ -61,7 +61,7 @@ class Factors:
 def random_factors(
     shapes: Mapping[str, tuple[int, int]], seed: int = 0, alphas: Iterable[float | None] = (None,), max_rank: int = 6
 ) -> dict[str, Factors]:
-    """Make modules of random ranks for layers of these shapes (o, i), with alphas in turn."""
+    """Return random modules of random ranks for layers of shapes (o, i), with each of `alphas` in turn."""
     generator = torch.Generator().manual_seed(seed)
     choices = list(alphas)
     made = {}
@@ -85,7 +85,7 @@ def write_lora(
     metadata: dict[str, str] | None = None,
     extra: State | None = None,
 ) -> Path:
-    """Write modules with `prefix` before their names, and `extra` tensors as they are."""
+    """Write modules with `prefix` before their names, and `extra` tensors unchanged."""
     state: dict[str, Tensor] = dict(extra or {})
     for name, factors in modules.items():
         stem = prefix + (name.replace(".", "_") if underscores else name)
@@ -98,13 +98,13 @@ def write_lora(
 
 
 def matrices(state: State) -> dict[str, tuple[int, int]]:
-    """Return the layers of a state dict with a matrix as weight, by name."""
+    """Return the shapes (o, i) of the layers whose weight is a matrix, by name."""
     found = {name.removesuffix(".weight"): value.shape for name, value in state.items() if name.endswith(".weight")}
     return {name: (shape[0], shape[1]) for name, shape in found.items() if len(shape) == 2}
 
 
 def added(state: State, modules: Mapping[str, Factors], scale: float = 1.0) -> dict[str, Tensor]:
-    """Return the state dict in fp64 with what modules add to their own weights."""
+    """Return the state dict in fp64 with the changes of the modules added to their weights."""
     wide = {name: value.double() for name, value in state.items()}
     for name, factors in modules.items():
         wide[f"{name}.weight"] = wide[f"{name}.weight"] + scale * factors.delta

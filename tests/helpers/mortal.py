@@ -1,4 +1,4 @@
-"""Workers that die as processes do: from one moment on, nothing of theirs reaches the store and nothing unwinds."""
+"""Workers that die like a killed process: nothing of them reaches the store any more, and no cleanup runs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ T = TypeVar("T")
 
 
 class Death(BaseException):
-    """What the test sees of the end of a worker; its own code may not do a thing about it."""
+    """The end of a worker, for the test; the worker's own code cannot handle it."""
 
 
 class Life:
-    """Ends before write or delete number `last`, or when told so."""
+    """The life of a worker, which ends before write or delete number `last`, or at `end`."""
 
     def __init__(self, last: int | None = None) -> None:
         self.is_over = False
@@ -57,7 +57,7 @@ class Life:
 
 
 class MortalStore(Store):
-    """A store that hears nothing more of a user that is dead."""
+    """A store that refuses all requests of a dead worker."""
 
     life = Life()
 
@@ -72,9 +72,9 @@ class MortalStore(Store):
 
 
 class MortalPipeline(FakePipeline):
-    """Counts the images it lived to finish; a prompt with `[die]` ends it.
+    """A fake pipeline that counts its finished images; a prompt with `[die]` ends its life.
 
-    The device is slower than the store: no batch is finished before the last one is stored.
+    It is slower than the store: it finishes no batch before the previous one is stored.
     """
 
     def __init__(self, life: Life) -> None:
@@ -84,7 +84,7 @@ class MortalPipeline(FakePipeline):
         self._begun: list[set[str]] = []  # batches
 
     def __call__(self, prompt: Any, **others: Any) -> Any:
-        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of one that failed
+        if not (self._begun and self._begun[-1] >= set(prompt)):  # else it is a part of a batch that failed
             self._begun.append(set(prompt))
         images = super().__call__([text.replace("[die]", "") for text in prompt], **others)
         with self._life.has_written:
@@ -109,7 +109,7 @@ def open_worker(
     pipeline: FakePipeline | None = None,
     **options: bool,
 ) -> tuple[Worker, Any, Plan]:
-    """Open a worker as a process of its own would; without `life`, one that lives on. options: of its factory."""
+    """Open a worker as in its own process; it never dies without `life`. options: of its factory."""
     life = life or Life()
     plan = make_plan(config.prompts, config.output.shard_size)
     store = type("ItsStore", (MortalStore,), {"life": life})
@@ -122,7 +122,7 @@ def open_worker(
 
 
 def staged(config: JobConfig) -> list[Path]:
-    """List what is in the staging area of a run on this disk."""
+    """List the files in the staging area of a run on this disk."""
     return sorted(path for path in Path(config.output.uri, "_run/staging").rglob("*") if path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""Moto's server, in which a conditional write is one step, as a store promises: moto looks first and writes later."""
+"""Moto's server with atomic conditional writes, as S3 promises; moto itself checks first and writes later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moto.server import main
 
 
 def make_writes_one_step() -> None:
-    """Make writes follow one another; their bodies have been read by then."""
+    """Make writes run one after the other, once their bodies are read."""
     lock, put_object = threading.Lock(), S3Response.put_object
 
     def put(self: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Writes that do not wait for the disk, in every process that imports this: only a power cut could tell."""
+"""Turns off fsync in every process that imports this: only a power failure would make a difference."""
 
 import os
 

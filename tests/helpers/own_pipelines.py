@@ -1,4 +1,4 @@
-"""Pipelines as somebody may write them for `model.pipeline`: one that works, and some that do not."""
+"""Pipelines of users for `model.pipeline`: one that works, and some that do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOTHING = 1
 
 
 class Noise:
-    """Images of noise; a prompt with `[refuse]` gets none."""
+    """Makes images of noise, but none for a prompt with `[refuse]`."""
 
     settings = frozenset({"num_inference_steps"})
 

@@ -1,4 +1,4 @@
-"""A pipeline beside that of diffusers: the same calls of both, and how close they must be."""
+"""Compares the pipeline with that of diffusers: the same calls of both, within tolerances."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def as_reference_arguments(
 
 
 def default_length(reference: Any) -> int:
-    """Return the tokens of T5 that a model reads unless told otherwise; diffusers takes 512 for any model."""
+    """Return a model's default number of T5 tokens; diffusers uses 512 for any model."""
     return int(reference.tokenizer_2.model_max_length)
 
 
 def reference_latents(reference: Any, height: int, width: int, **arguments: Any) -> Tensor:
-    """Return what diffusers has when it stops, unpacked."""
+    """Return the final latents of diffusers, unpacked: (b, 16, height/8, width/8)."""
     arguments.setdefault("max_sequence_length", default_length(reference))
     with torch.inference_mode():
         tokens = reference(height=height, width=width, **arguments).images
@@ -60,15 +60,15 @@ def assert_same(
     theirs: dict[str, Any] | None = None,
     decoded: bool = True,
 ) -> None:
-    """Assert latents within 1e-4, and if `decoded` pixels within one level, of those of diffusers.
+    """Assert that latents, and if `decoded` pixels, equal those of diffusers, within 1e-4 and one level.
 
-    To decode tells what models and sizes do to the decoder; what a call does to its latents is told by them alone.
+    Decode to test models and sizes with the decoder; latents alone are enough to test a call.
     """
     size = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
     output_type = "pil" if decoded else "latent"
     theirs = {"max_sequence_length": default_length(reference), **(theirs or {})}
     arguments = as_reference_arguments(prompts, seeds, output_type=output_type, **size, **theirs)
-    # What is decoded is kept on the way, so that one call gives both.
+    # Intercept the latents before they are decoded, so that one call gives both.
     unpack, decode = reference._unpack_latents, pipe.latents.decode
     with (
         patch.object(reference, "_unpack_latents", wraps=unpack) as unpacking,

@@ -1,4 +1,4 @@
-"""Prompts files read as workers read them."""
+"""Reads prompt files as workers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster of several raylets on this machine, to lose nodes and workers of."""
+"""A cluster of several raylets on this machine, whose nodes and workers tests can kill."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from helpers.job_server import SYSTEM, WORKER
 HEAD = {
     "num_cpus": 1,
     "num_gpus": 0,
-    # Processes that no test needs, and each takes seconds to start: what workers print is passed on by the last.
+    # Leave out processes that no test needs, since each takes seconds to start. The log monitor forwards workers'
+    # output.
     "include_dashboard": False,
     "no_monitor": True,
     "include_log_monitor": False,
-    # Without this Ray insists on 8265, which another cluster may have, and leaves a socket open.
+    # Otherwise Ray insists on port 8265, which another cluster may use, and leaves a socket open.
     "dashboard_port": None,
     "_system_config": SYSTEM,
 }
@@ -45,7 +46,7 @@ class Raylets:
         self._cluster.add_node(wait=False, num_gpus=1, num_cpus=0, include_dashboard=False)
 
     def lose(self, number: int) -> None:
-        """Kill the raylet of a node; its workers find out for themselves, and may write until then."""
+        """Kill the raylet of a node; its workers notice by themselves, and may write until then."""
         node = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))[number]
         dying = processes(node)
         for info in node.all_processes["raylet"]:
@@ -54,11 +55,11 @@ class Raylets:
         reap(dying)
 
     def workers(self) -> list[int]:
-        """List the processes in which a worker of a run is at home."""
+        """List the processes that hold a worker of a run."""
         return sorted(pid for node in self._cluster.worker_nodes for pid in self._workers_of(node))
 
     def _workers_of(self, node: Any) -> list[int]:
-        """List them for one node: children of its raylet that bear the name of the actor."""
+        """List the workers of one node: the children of its raylet with the actor's name."""
         raylets = [info.process.pid for info in node.all_processes.get("raylet", [])]
         return [pid for pid, parent, title in _table() if parent in raylets and title.startswith(WORKER)]
 
@@ -71,7 +72,10 @@ class Raylets:
 
 @contextmanager
 def no_dashboard() -> Iterator[None]:
-    """Start no dashboard with clusters; Ray starts one even with `include_dashboard=False`, for its usage reports."""
+    """Start clusters without a dashboard.
+
+    Ray starts one for its usage reports even with `include_dashboard=False`.
+    """
     from ray.experimental import internal_kv
 
     with pytest.MonkeyPatch.context() as patch:
@@ -84,7 +88,7 @@ def no_dashboard() -> Iterator[None]:
 
 @contextmanager
 def raylets(num_nodes: int, **head: Any) -> Iterator[Raylets]:
-    """Run a cluster of so many nodes, and a head with these resources."""
+    """Run a cluster with a number of nodes, and a head with given resources."""
     from ray.cluster_utils import Cluster
 
     with no_dashboard():
@@ -98,7 +102,7 @@ def raylets(num_nodes: int, **head: Any) -> Iterator[Raylets]:
 
 
 def kill_worker(pid: int) -> bool:
-    """Kill a worker unless it has just ended, and its number may be another's."""
+    """Kill a worker, unless it has just ended: another process may have its id. Returns: whether it was killed."""
     return any(each == pid and title.startswith(WORKER) for each, _, title in _table()) and _kill(pid)
 
 
@@ -116,17 +120,17 @@ def processes(node: Any) -> list[Any]:
 
 
 def reap(dying: list[Any]) -> None:
-    """Wait for processes, which Ray kills without doing so: Python would warn of them in some later test."""
+    """Wait for processes that Ray killed without waiting; otherwise Python warns about them in a later test."""
     for process in dying:
         process.wait(timeout=REAP_S)
 
 
 def _table() -> Iterator[tuple[int, int, bytes]]:
-    """Yield the number, the parent and the title of every process."""
+    """Yield the id, the parent and the title of every process."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
-                # proc_pid_stat(5): the second field, the name of the program, may hold blanks and brackets.
+                # proc_pid_stat(5): the second field, the name of the program, may contain blanks and brackets.
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 yield int(folder.name), parent, (folder / "cmdline").read_bytes()
             except (OSError, IndexError):

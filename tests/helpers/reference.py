@@ -1,4 +1,4 @@
-"""The reference of the Python interface: `make docs` writes a page of each public module, from its docstrings."""
+"""The API reference: `make docs` writes a page of each public module from its docstrings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "flux_batch"
-# Programs of their own, which are run, not imported.
+# Programs to run, not to import.
 PROGRAMS = ("flux_batch.__main__", "flux_batch.demo.train", "flux_batch.demo.score")
-# The list of modules comes first; otherwise pdoc begins with the package, which lists none.
+# Show the list of modules first; otherwise pdoc begins with the package, which lists no modules.
 _INDEX = '{% set root_module_name = false %}{% extends "default/index.html.jinja2" %}'
 
 
 def public_modules() -> Iterator[str]:
-    """Yield the names of all modules that others may import."""
+    """Yield the names of all public modules."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -29,7 +29,7 @@ def write_reference(folder: Path) -> None:
 
     import flux_batch
 
-    for name in flux_batch.__all__:  # which are loaded on their first use
+    for name in flux_batch.__all__:  # loaded on first use
         setattr(flux_batch, name, getattr(flux_batch, name))
     top = sorted(name for name in public_modules() if name.count(".") == 1)
     with tempfile.TemporaryDirectory() as templates:

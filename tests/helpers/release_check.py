@@ -1,4 +1,4 @@
-"""The checks of a release, for `make release-check`: of the files that are published, and of their installation."""
+"""The checks of `make release-check`: of the published files, and of their installation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CHANGELOG = ROOT / "CHANGELOG.md"
 # The demo's model is most of the wheel. PyPI takes 100 MB.
 MAX_MB = 20
-# What runs without the packages that only tests need.
+# Tests that need no packages of the `test` extra except FOR_TESTS.
 QUICK_TESTS = ("tests/test_records.py", "tests/test_sampling_params.py", "tests/config", "tests/prompts/formats")
 FOR_TESTS = ("pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.115", "cryptography>=45")
 SMALL = ("sampling.width=64", "sampling.height=64", "sampling.num_inference_steps=4")
-# For a project, `lowest-direct` is the lower bound of each dependency that it names itself.
+# `lowest-direct` is the lower bound of each direct dependency.
 RESOLUTIONS = ("lowest-direct", "highest")
 
 
 def main() -> None:
-    """Build, check, install and try. Ends with the first thing that is wrong."""
+    """Build, check, install and run the release. Exits at the first error."""
     check_version(PROJECT["version"], CHANGELOG.read_text(), tag_here())
     with tempfile.TemporaryDirectory(prefix="release-") as folder:
         place = Path(folder)
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def check_version(version: str, changelog: str, tag: str) -> None:
-    """Exit unless the version heads the changelog and is that of the tag of this commit, if there is one."""
+    """Exit unless the newest entry of the changelog and the tag of this commit, if any, have the version."""
     (newest, *_) = re.findall(r"^## (\S+)", changelog, flags=re.MULTILINE)
     if newest != version:
         sys.exit(f"{CHANGELOG.name} begins with {newest}, and pyproject.toml has version {version}")
@@ -60,7 +60,7 @@ def tag_here() -> str:
 
 
 def check_file(file: Path) -> None:
-    """Exit if a file is too large, or has what belongs into no release."""
+    """Exit if a file is too large, lacks needed files, or has files that do not belong into a release."""
     size = file.stat().st_size / 1e6
     if file.suffix == ".whl":
         names = zipfile.ZipFile(file).namelist()
@@ -91,21 +91,21 @@ def try_with(resolution: str, wheel: Path, uv: Path, place: Path) -> None:
     settings = [f"--set={setting}" for setting in (f"output.uri={place}/out-{resolution}", *SMALL)]
     run(programs / "flux-batch", "run", ROOT / "jobs/demo.yaml", *settings, at=place)
     run(programs / "flux-batch", "verify", place / f"out-{resolution}", at=place)
-    # Not `python -m pytest`, which would import the package from this folder. Others' warnings are not ours.
+    # `python -m pytest` would import the package from this folder. Warnings of other versions are not errors here.
     run(programs / "pytest", "-q", "-m", "not slow", "-W", "default", "-p", "no:cacheprovider", *QUICK_TESTS)
     say(f"{resolution}: demo and quick tests pass")
     shutil.rmtree(environment)
 
 
 def new_environment(folder: Path, *packages: str) -> Path:
-    """Return the programs of a new virtual environment with some packages."""
+    """Return the bin folder of a new virtual environment with some packages."""
     run(sys.executable, "-m", "venv", folder)
     run(folder / "bin/pip", "install", "--quiet", *packages)
     return folder / "bin"
 
 
 def run(*words: str | Path, at: Path = ROOT) -> None:
-    """Run a program, without what this process sees of the repository. Ends with its exit code if it fails."""
+    """Run a program without PYTHONPATH and VIRTUAL_ENV. Exits with its code if it fails."""
     say(f"$ {' '.join(map(str, words))}")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     if code := subprocess.run([str(word) for word in words], cwd=at, env=environment, check=False).returncode:
@@ -113,7 +113,7 @@ def run(*words: str | Path, at: Path = ROOT) -> None:
 
 
 def say(line: str) -> None:
-    """Write a line at once."""
+    """Print a line and flush."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Two real S3 servers on loopback: moto honours If-None-Match, rclone ignores it without a word, as some stores do."""
+"""Two S3 servers on loopback: moto honours If-None-Match, rclone silently ignores it, as some stores do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class S3Server:
-    """A server that runs; `name` is `moto` or `rclone`."""
+    """A running server; `name` is `moto`, `rclone` or `tls`."""
 
     name: str
     endpoint_url: str
@@ -51,7 +51,7 @@ class S3Server:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A fresh bucket: what a job file needs to know of it."""
+    """A fresh bucket, with the settings that a job file needs for it."""
 
     uri: str
     storage_options: dict[str, Any]
@@ -69,10 +69,10 @@ def moto_server() -> Iterator[S3Server]:
 
 @contextmanager
 def rclone_server() -> Iterator[S3Server]:
-    """Run rclone, keeping what it has in memory.
+    """Run rclone with its files in memory.
 
-    On a disk it removes the folders that a delete leaves empty, and a write that comes into one meanwhile is not
-    answered: it fails before its body was asked for, and waits for the body.
+    On a disk, rclone removes folders that a delete leaves empty, and then never answers a simultaneous write to such a
+    folder: the write fails before rclone has asked for its body, for which it then waits.
     """
     port = free_port()
     binary = shutil.which("rclone", path=Path(sys.executable).parent)
@@ -84,14 +84,14 @@ def rclone_server() -> Iterator[S3Server]:
 
 @contextmanager
 def tls_server(server: S3Server, folder: Path) -> Iterator[S3Server]:
-    """Run a proxy that speaks TLS in front of a server, with a certificate of its own."""
+    """Run a TLS proxy in front of a server, with its own certificate."""
     certificate = make_certificate(folder / "certificate.pem")
     with counting_proxy(server.endpoint_url, certificate) as proxy:
         yield S3Server("tls", proxy.endpoint_url, certificate)
 
 
 def make_certificate(path: Path) -> Path:
-    """Write a key, and the certificate that it signs for 127.0.0.1."""
+    """Write a key and its self-signed certificate for 127.0.0.1. Returns: the file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
     now = datetime.now(UTC)
@@ -114,7 +114,7 @@ def make_certificate(path: Path) -> Path:
 
 
 def free_port() -> int:
-    """Find a loopback port that nobody listens on."""
+    """Return a free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -145,7 +145,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def assert_clear(error: BaseException, uri: str) -> None:
-    """Check that an error is one line, which names the place and no secret."""
+    """Check that an error is one line, names the address, and has no secret."""
     message = str(error)
     assert uri in message
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Checkpoints of any size that take no disk: a header, then a hole, which reads as zeros; for tests."""
+"""Checkpoints of any size that use no disk space: a header, then a hole that reads as zeros."""
 
 from __future__ import annotations
 

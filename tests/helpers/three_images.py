@@ -1,4 +1,4 @@
-"""Three images on their way through the tiny golden model: noise, texts and guidance."""
+"""The inputs of three images for the tiny golden model: noise, texts and guidance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def denoiser(
     text: PromptEmbeds = TEXT,
     size: tuple[int, int] = (8, 12),
 ) -> Denoiser:
-    """Let a model know the texts of some of the images, whose latents are of that height and width."""
+    """Return a denoiser of `model` for some of the images, whose latents have the height and width `size`."""
     pe, guidance = model.position_table(position_ids(7, *size)), GUIDANCE[images].to(text.prompt_embeds.dtype)
     chosen = PromptEmbeds(*(part[images] for part in text))
     return Denoiser(model, chosen, pe, timesteps_of(sigmas, guidance), guidance)

@@ -1,4 +1,4 @@
-"""Calls of a tiny pipeline: prompts, seeds, sizes and an image to start from."""
+"""Arguments for calls of a tiny pipeline: prompts, seeds, sizes and an input image."""
 
 from __future__ import annotations
 

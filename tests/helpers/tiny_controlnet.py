@@ -1,4 +1,4 @@
-"""Tiny ControlNets of random weights, and diffusers' pipeline with them."""
+"""Tiny ControlNets with random weights, and diffusers' pipeline with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE = TinyFlux(depth=3, depth_single_blocks=5)
 
 
 def make_net(folder: Path, depth: int, depth_single: int, modes: int | None = None, *, xlabs: bool = False) -> Path:
-    """Write a net of random weights as diffusers does; those that it starts at zero are random too."""
+    """Write a net with random weights as diffusers does, also for the weights that diffusers starts at zero."""
     with torch.random.fork_rng():
         torch.manual_seed(7 * depth + depth_single)
         net = FluxControlNetModel(
@@ -44,7 +44,7 @@ def make_net(folder: Path, depth: int, depth_single: int, modes: int | None = No
 
 
 class Mapped(FluxMultiControlNetModel):
-    """Several nets, each mapped to the blocks of the base before they are added, which diffusers does after."""
+    """Several nets whose residuals are mapped to the blocks before they are added; diffusers maps the sums."""
 
     def forward(self, *, controlnet_cond: Any, controlnet_mode: Any, conditioning_scale: Any, **inputs: Any) -> Any:
         inputs.pop("return_dict")
@@ -66,7 +66,7 @@ class Mapped(FluxMultiControlNetModel):
 
 
 def reference_of(base: Path, *nets: Path) -> Any:
-    """Return diffusers' pipeline, whose posterior of control images has no width, so that its sample is its mean."""
+    """Return diffusers' pipeline, with zero variance for control images, so that a sample is the mean."""
     found = [FluxControlNetModel.from_pretrained(net).eval() for net in nets]
     reference = load_reference(base)
     reference = FluxControlNetPipeline(

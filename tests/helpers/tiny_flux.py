@@ -1,4 +1,4 @@
-"""Model folders of any small size with random weights, in both layouts; made with diffusers, nothing downloaded."""
+"""Small model folders with random weights in both layouts, made with diffusers without downloads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from flux_batch.model.checkpoint.diffusers_keys import autoencoder_from_diffusers, transformer_from_diffusers
 
-# Layers this small gain nothing from threads, and threads of several test runs on few cores wait for each other.
+# Such small layers gain nothing from threads, and the threads of several test processes would wait for each other.
 torch.set_num_threads(1)
 
 CLIP_WIDTH = 32
 T5_WIDTH = 24
-# A vision tower of Redux and of an IP-Adapter.
+# The vision tower of Redux and of an IP-Adapter.
 TINY_TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -33,13 +33,13 @@ TINY_TOWER = {
     "num_attention_heads": 4,
     "patch_size": 14,
 }
-# Both may be rendered as one token in tiny vocabularies; letters and digits are tokens of their own.
+# The tokens of the tiny T5 vocabulary: each letter and digit is one token.
 T5_PIECES = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyFlux:
-    """Sizes of a tiny model; the defaults are the smallest that still have every kind of part twice."""
+    """Sizes of a tiny model; the defaults are the smallest with every kind of part twice."""
 
     axes_dim: tuple[int, int, int] = (4, 6, 6)
     num_heads: int = 2
@@ -48,7 +48,7 @@ class TinyFlux:
     guidance_embed: bool = True
     dynamic_shift: bool = True
     in_channels: int = 64
-    # FLUX.1 has 512; most of what so small a model computes would be padding.
+    # FLUX.1 has 512, which a tiny model would mostly spend on padding.
     t5_max_length: int = 64
     seed: int = 0
 
@@ -132,7 +132,7 @@ def make_tiny_pipeline(config: TinyFlux) -> FluxPipeline:
 
 @torch.no_grad()
 def shake_vectors(model: torch.nn.Module) -> None:
-    """Move norm scales and biases off their start values, where a swapped or lost one would not show."""
+    """Change norm scales and biases from their initial values, so that a swapped or lost one is noticed."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -141,7 +141,7 @@ def shake_vectors(model: torch.nn.Module) -> None:
 def to_original_layout(folder: Path) -> None:
     """Turn a diffusers folder into one with `flux1-tiny.safetensors` and `ae.safetensors` at its top.
 
-    The configurations stay: they tell what the weights of a tiny model cannot.
+    The config files stay, since the weights of a tiny model do not reveal its configuration.
     """
     for name, file_name, convert in (
         ("transformer", "flux1-tiny.safetensors", transformer_from_diffusers),

@@ -47,7 +47,7 @@ def make_tiny_ip_adapter(folder: Path, config: TinyFlux | None = None) -> Path:
 
 
 def load_into(reference: Any, folder: Path, weight_name: str | list[str] = "ip_adapter.safetensors") -> Any:
-    """Load it into a pipeline of diffusers, or several of its files."""
+    """Load one or several adapter files into a pipeline of diffusers."""
     from transformers import CLIPImageProcessorPil
 
     reference.register_modules(

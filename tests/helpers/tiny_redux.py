@@ -17,7 +17,7 @@ TOKENS = 9
 
 
 def make_tiny_redux(folder: Path) -> Path:
-    """Write `image_embedder` and `image_encoder` of random weights."""
+    """Write `image_embedder` and `image_encoder` with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
         config = SiglipVisionConfig(
@@ -30,7 +30,7 @@ def make_tiny_redux(folder: Path) -> Path:
 
 
 def load_prior(folder: Path, reference: Any) -> Any:
-    """Load diffusers' prior, with the text encoders of one of its pipelines."""
+    """Load diffusers' Redux prior with the text encoders of a pipeline."""
     from diffusers import FluxPriorReduxPipeline
     from transformers import SiglipImageProcessorPil
 
@@ -44,7 +44,7 @@ def load_prior(folder: Path, reference: Any) -> Any:
         tokenizer_2=reference.tokenizer_2,
     )
     prior.set_progress_bar_config(disable=True)
-    # It asks for 512 tokens of any model.
+    # The prior always asks for 512 tokens.
     encode, length = prior.encode_prompt, default_length(reference)
     prior.encode_prompt = lambda **given: encode(**given | {"max_sequence_length": length})
     return prior

@@ -1,4 +1,4 @@
-"""Workers for the tests of the engines: picklable factories whose workers misbehave in one way."""
+"""Workers for tests of the engines: picklable factories, whose workers misbehave as told."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flux_batch.records import Attempt, FileRange, Shard, ShardResult
 from flux_batch.telemetry import Heartbeat, Metrics
 
 STEP_S = 0.05
-# Longer than any test may take: what waits so long in vain fails it.
+# Longer than any test may take, so that a test that waits so long fails.
 FOREVER_S = 3600.0
 
 
@@ -30,7 +30,7 @@ def make_shards(count: int) -> list[Shard]:
 
 
 def tries(folder: Path, shard: Shard) -> int:
-    """Count how often a shard was begun, this time included; survives the death of the process."""
+    """Return how often a shard was begun, including this time; the count survives the process."""
     path = folder / str(shard.index)
     with path.open("a") as file:
         file.write("x")
@@ -38,13 +38,13 @@ def tries(folder: Path, shard: Shard) -> int:
 
 
 def attempts(folder: Path, index: int) -> list[dict[str, Any]]:
-    """Read what was known at each try of a shard, where it was, and how it ended; [] while nobody has it."""
+    """Return the events of a shard so far: each with its `Attempt`, kind, process, node and time."""
     log = folder / f"{index}.log"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def settled(folder: Path, results: Iterable[ShardResult]) -> Iterator[ShardResult]:
-    """Yield the results of a run, and note for its workers which the engine has."""
+    """Yield the results of a run, and tell its workers which shards are settled."""
     for result in results:
         (folder / f"{result.shard}.settled").touch()
         yield result
@@ -52,11 +52,12 @@ def settled(folder: Path, results: Iterable[ShardResult]) -> Iterator[ShardResul
 
 @dataclass(frozen=True)
 class ToilFactory:
-    """Each named shard misbehaves at its first `times` tries; `slow` ones take `slow_s`, with signs of life.
+    """A factory of workers that misbehave at the first `times` attempts of the listed shards.
 
-    No shard but the first three ends before `num_workers` of them were at work, and none of `makes_after` is made, none
-    of `finishes_after` finished, before that has become of another: (its index, "begun", "made", "stopped", "done" or
-    "settled", see there). With `settles_first`, a worker has no other shard on its way when it is through with one.
+    Shards in `slow` take `slow_s`, with signs of life. Shards from the fourth on end only once `num_workers` workers
+    have begun one. `makes_after` and `finishes_after` map a shard to an event of another shard, before which it is not
+    made or not finished: (index, "begun", "made", "stopped", "done" or "settled"). With `settles_first`, a worker ends
+    the making of a shard only once all its earlier shards are settled.
     """
 
     folder: Path
@@ -85,13 +86,13 @@ class ToilFactory:
 
 @dataclass(frozen=True)
 class MadeToil:
-    """A shard that a Toil has made."""
+    """A shard made by a Toil."""
 
     finish: Callable[[], ShardResult]
 
 
 class Toil:
-    """The worker of a ToilFactory: small steps, each a sign of life, with an ear for a request to stop."""
+    """The worker of a ToilFactory: works in small steps, gives a sign of life and checks for a stop at each."""
 
     def __init__(self, factory: ToilFactory) -> None:
         self._factory = factory
@@ -186,7 +187,7 @@ class Toil:
 
 @dataclass(frozen=True)
 class BrokenStart:
-    """A worker that cannot start: with our own error, with a stranger's, or with its death."""
+    """A factory whose workers cannot start: `how` is the kind of error, or else the process dies."""
 
     how: str
 

@@ -1,4 +1,4 @@
-"""Programs that are not Python packages, for the tests that hold files against them."""
+"""Finds programs that are not Python packages, for tests that check files with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import pytest
 
 
 def tool(name: str, brought_by: str = "make tools") -> str:
-    """Find a program beside this Python or on the path; without it skip the test, but in CI, where it must be, fail."""
+    """Return the path of a program beside this Python or on PATH.
+
+    Without it, skip the test, or fail in CI, where it must be installed.
+    """
     beside = str(Path(sys.executable).parent)
     if found := shutil.which(name, path=f"{beside}{os.pathsep}{os.environ['PATH']}"):
         return found

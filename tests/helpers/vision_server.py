@@ -1,4 +1,4 @@
-"""A vision model behind an OpenAI-compatible address on loopback, which answers what a test asks of it."""
+"""A loopback server with an OpenAI-compatible API of a vision model, whose answers a test defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass
 class VisionServer:
-    """`answer(request, number)` returns a text, or a status code; `requests` has what came, `most_at_once` how many."""
+    """A running server.
+
+    `answer(request, number)` returns a text or a status code. `requests` has the received requests, and `most_at_once`
+    the most that were open at a time.
+    """
 
     answer: Callable[[dict[str, Any], int], str | int]
     url: str = ""

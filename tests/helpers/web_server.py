@@ -1,4 +1,4 @@
-"""A web server on loopback that serves what a test tells it to, misbehaviour included."""
+"""A loopback web server whose answers, including faulty ones, a test defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class WebServer:
-    """Paths and how they are answered: by bytes as a file, or by a function; `asked` and `posted` tell what came."""
+    """A running server: `answers` maps paths to file contents or functions.
+
+    `asked` has the requested paths, `posted` the received bodies.
+    """
 
     url: str = ""
     answers: dict[str, bytes | Answer] = field(default_factory=dict)
@@ -21,14 +24,14 @@ class WebServer:
     posted: list[bytes] = field(default_factory=list)
 
     def at(self, path: str, answer: bytes | Answer) -> str:
-        """Answer a path so. Returns: its address."""
+        """Set the answer of a path. Returns: its address."""
         self.answers[path] = answer
         return self.url + path
 
 
 @contextmanager
 def web_server() -> Iterator[WebServer]:
-    """Run a server."""
+    """Run a server during a block."""
     server = WebServer()
 
     class Handler(BaseHTTPRequestHandler):

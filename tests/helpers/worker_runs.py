@@ -1,4 +1,4 @@
-"""Jobs of a worker in this process: prompts in, and the images and rows that it left."""
+"""Runs jobs by a worker in this process, and reads the images and rows that it wrote."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def metadata(config: JobConfig) -> list[dict[str, Any]]:
 
 
 def images(config: JobConfig) -> dict[str, bytes]:
-    """Read every image of a run by its key, without the code under test."""
+    """Return every image file of a run by its key, read without the code under test."""
     train = Path(config.output.uri, "train")
     found: dict[str, bytes] = {}
     for path in sorted(train.rglob("*")):

@@ -1,4 +1,4 @@
-"""How much a call computes, whatever the machine is and does: processor time, in a unit measured beside it."""
+"""The work of a call independent of the machine: processor time, in a unit measured on the same machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 def work(call: Callable[[], object]) -> float:
-    """Return the processor time of a call in this process, in yards: half a million additions of Python are one.
+    """Return the processor time of a call, in yards: a yard is 500,000 additions in Python.
 
-    Other processes do not count, and a slow processor makes the yard longer too; what takes minutes is found, not what
-    takes twice as long.
+    Other processes do not count, and a slow processor has a longer yard. This finds calls that take minutes, not calls
+    that take twice as long.
     """
     before = yard_s()
     started = time.process_time()
@@ -20,7 +20,7 @@ def work(call: Callable[[], object]) -> float:
 
 
 def yard_s() -> float:
-    """Return the seconds of one yard, now."""
+    """Return the current seconds of one yard."""
     started = time.process_time()
     total = 0
     for number in range(500_000):

@@ -19,7 +19,7 @@ from helpers.airflow_stub import DAG_FILE, AirflowFailException, load_dag
 
 @dataclass
 class Jobs:
-    """A job server whose job ends at the second look; stands for its client too."""
+    """A fake job server and its client; the job ends at the second request."""
 
     status: JobStatus = JobStatus.SUCCEEDED
     code: int | None = 0

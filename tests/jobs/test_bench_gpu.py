@@ -1,4 +1,4 @@
-"""The script of benchmarks for a GPU, with a stand-in for the program: what it runs, ends and keeps."""
+"""jobs/bench_gpu.sh with a fake program: the benchmarks that it runs, ends and summarizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "bench_gpu.sh"
-# Stands in for Python: `kernels` hears no SIGTERM, as a device that hangs; `plan` fails; all others have figures.
+# A fake of Python: `kernels` ignores SIGTERM, like a hanging device; `plan` fails; all others print figures.
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then exit 0; fi
 echo "$*" >> "$CALLS"
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="no timeout 
 
 
 def bench(folder: Path, **environment: str) -> tuple[str, list[str]]:
-    """Return what the script keeps in its summary, and the benchmarks that it runs."""
+    """Run the script. Returns: its summary, and the benchmarks that it ran."""
     python, calls = folder / "python", folder / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)

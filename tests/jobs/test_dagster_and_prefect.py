@@ -1,4 +1,4 @@
-"""jobs/dagster_assets.py and jobs/prefect_flow.py, by their own runners, where those are installed."""
+"""jobs/dagster_assets.py and jobs/prefect_flow.py with Dagster and Prefect, where these are installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture
 def end_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put a program in the place of flux-batch: it ends with one code after the other, and notes its calls."""
+    """Replace flux-batch by a program that records its calls and ends with each of the codes in turn."""
 
     def put(codes: Sequence[int]) -> None:
         cases = "\n".join(f"{number}) exit {code};;" for number, code in enumerate(codes, start=1) if code)

@@ -1,4 +1,4 @@
-"""Tiny random models of two other families under the same job, by `jobs/diffusers_pipeline.py`."""
+"""Tiny random models of two other families in jobs with `jobs/diffusers_pipeline.py`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def pixart() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_folder() / "tokenizer_2")
     text = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=32,  # one of those that the pipeline knows sizes for
+        sample_size=32,  # the pipeline needs a known size
         num_layers=1,
         num_attention_heads=2,
         attention_head_dim=8,
@@ -130,7 +130,7 @@ def test_each_row_is_made_once_as_diffusers_makes_it(
 ) -> None:
     torch.manual_seed(0)
     family().save_pretrained(tmp_path / "model", safe_serialization=True)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")  # loaded, it drops nothing out
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")  # loading turns off dropout
     pipe.set_progress_bar_config(disable=True)
     config = job(tmp_path, [*ROWS, *ROWS], uri=tmp_path / "model")
 

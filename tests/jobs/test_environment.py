@@ -1,4 +1,4 @@
-"""The environment of a run on a cluster: the same by whatever way it comes there."""
+"""The environment of a run on a cluster is the same for every way to submit it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KUBERAY = ROOT / "cluster/kuberay"
 
 
 def submitted(folder: Path, *arguments: str, **environment: str) -> list[str]:
-    """Run jobs/submit.sh with a `ray` that does nothing. Returns: what it was called with."""
+    """Run jobs/submit.sh with a fake `ray`. Returns: its arguments."""
     ray = folder / "ray"
     ray.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     ray.chmod(0o755)

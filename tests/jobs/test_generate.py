@@ -1,4 +1,4 @@
-"""The entry point of a job of Ray: the exit codes that `ray job status`, KubeRay and Airflow go by."""
+"""The entry point of a Ray job: the exit codes that `ray job status`, KubeRay and Airflow use."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_a_job_ends_with_the_code_of_its_run(
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return ended.value.code
 
-    assert generate(file, "--set=sampling.width=17") == 2  # a wrong job: nothing is begun
+    assert generate(file, "--set=sampling.width=17") == 2  # a wrong job: nothing is started
     assert not report.exists()
     assert generate(file) == 75  # stopped in order
     assert "1 of 3 shards are committed; run the same command again" in capfd.readouterr().err
     assert not report.exists()
-    assert generate(file) == 3  # gone on with to its end, where more rows failed than may
+    assert generate(file) == 3  # resumed and finished, with too many failed rows
     assert json.loads(report.read_text())["num_failed"] == 1
-    assert generate(file) == 3  # nothing was made again: there is no pipeline left
+    assert generate(file) == 3  # nothing is made again: there is no pipeline left
     assert generate(file, "--set=failures.max_ratio=0.5") == 0
     assert pipelines == []

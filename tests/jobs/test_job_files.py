@@ -30,7 +30,7 @@ from helpers.s3 import KEY, SECRET, Bucket
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs"
 SMALL = ["sampling.width=32", "sampling.height=32", "sampling.t5_sequence_length=16"]
-# The least at which the demo model draws what it is told.
+# The smallest settings at which the demo model follows its prompts.
 DRAWABLE = ["sampling.width=64", "sampling.height=64", "sampling.t5_sequence_length=32"]
 
 
@@ -40,7 +40,7 @@ def load(name: str, *settings: str) -> JobConfig:
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths in job files are relative to the folder in which they are run."""
+    """Run tests in the root of the repository, since paths in job files are relative to the working folder."""
     monkeypatch.chdir(ROOT)
 
 

@@ -14,10 +14,10 @@ SCRIPT = Path(__file__).parents[2] / "jobs/ray_data_stage.py"
 @pytest.mark.parametrize(
     ("address", "gpus_there", "expected"),
     [
-        ("", 0, 0),  # a machine without a GPU, which gets none
+        ("", 0, 0),  # a machine without a GPU
         ("local", 0, 0),
         ("", 2, 0.5),
-        # A cluster that is scaled to nothing: without GPUs the model would be loaded on its head, at once.
+        # A cluster scaled to zero: with 0 GPUs, the model would be loaded on the head at once.
         ("head:6379", 0, 0.5),
         ("auto", 0, 0.5),
     ],

@@ -1,4 +1,4 @@
-"""The entry point of a RayJob: which ends of a run have Ray stop the job, so that KubeRay starts no new cluster."""
+"""The entry point of a RayJob: the exit codes at which it stops the job, to prevent a new cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rayjob() -> ModuleType:
 
 
 class Jobs:
-    """A job server that knows what it was asked to stop."""
+    """A job server that records the jobs to stop."""
 
     stopped: ClassVar[list[str]] = []
 
@@ -61,7 +61,7 @@ def test_a_job_that_cannot_be_stopped_fails_with_its_own_code(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "cats-1"}}))
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Away)
 
-    assert rayjob.exit_code([]) == 2  # of the parser: no job file
+    assert rayjob.exit_code([]) == 2  # the argument parser's code for a missing job file
 
     said = capsys.readouterr()
     assert "exit code 2: the job file or its prompts are wrong, or a limit is reached" in said.out

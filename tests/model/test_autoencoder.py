@@ -1,4 +1,4 @@
-"""The autoencoder against golden numbers that BFL's and diffusers' code agree on."""
+"""The autoencoder compared with golden numbers on which BFL's and diffusers' code agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def autoencoder() -> AutoEncoder:
 
 @pytest.fixture(scope="module")
 def decoded(autoencoder: AutoEncoder) -> torch.Tensor:
-    """The image at the end of the golden denoising."""
+    """The final image of the golden denoising."""
     model = filled(Flux(FLUX))
     text = PromptEmbeds(tensor("in.txt", (1, 7, 24)), tensor("in.vec", (1, 32)))
     sigmas, guidance = make_sigmas(4, 24, DEV_SCHEDULE), torch.tensor([3.5])

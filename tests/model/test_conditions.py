@@ -1,4 +1,4 @@
-"""Conditions beside the text: golden numbers of Fill and Canny, the mask in its tokens, and which variant a file is."""
+"""Conditions besides the text: golden numbers of Fill and Canny, the tokens of a mask, variants of files."""
 
 from __future__ import annotations
 

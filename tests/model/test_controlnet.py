@@ -1,4 +1,4 @@
-"""ControlNets beside golden numbers of diffusers, and which block gets which residual."""
+"""ControlNets compared with golden numbers of diffusers, and the assignment of residuals to blocks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IMG, COND = tensor("in.img", (1, 24, 64)), tensor("in.cond", (1, 24, 64))
 
 
 def filled_by_diffusers_names(net: ControlNet) -> ControlNet:
-    """Fill a net with the numbers that its file in the layout of diffusers would have by the golden recipe."""
+    """Fill a net with the golden recipe's numbers for its file in diffusers' layout."""
     theirs = controlnet_to_diffusers(net.state_dict())
     theirs = {name: weight(name, value.shape) for name, value in theirs.items()}
     net.load_state_dict(controlnet_from_diffusers(theirs), strict=True)
@@ -109,7 +109,7 @@ def test_each_residual_feeds_its_blocks(count: int, blocks: int, repeats: bool, 
     assert [float(each) for each in found].count(used - 1) == last
 
 
-# Of published nets: double and single blocks, modes, pixels, condition channels, numbers; share of the base's work.
+# Published nets: double and single blocks, modes, pixels, condition channels, parameters, share of the base's work.
 PUBLISHED: dict[str, tuple[int, int, int, bool, int, int, float]] = {
     "InstantX Union": (5, 10, 10, False, 64, 3_301_956_608, 0.28),
     "Shakker Union-Pro-2.0": (6, 0, 0, False, 64, 2_140_876_800, 0.09),

@@ -1,4 +1,4 @@
-"""A transformer that knows its texts and steps: the same velocities as without, most of modulation computed once."""
+"""A transformer with fixed texts and steps: the same velocities, with most modulation computed once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(model: Flux) -> Denoiser:
 def test_each_step_is_that_of_the_model(model: Flux, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(model, "modulation_rows", rows)
     velocity = make(model)
-    for step in (*range(STEPS), 2, 6, 0):  # in any order, as nothing says that steps come in turn
+    for step in (*range(STEPS), 2, 6, 0):  # in any order, since steps need not come in turn
         expected = model(
             NOISE, TEXT.prompt_embeds, velocity.pe, TIMESTEPS[step].expand(3), TEXT.pooled_prompt_embeds, GUIDANCE
         )
@@ -68,7 +68,7 @@ def test_a_model_without_guidance_takes_none() -> None:
 
 
 class Travels(TorchDispatchMode):
-    """Notes what takes numbers, more than one, from one device to another."""
+    """Records operations that copy more than one number between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Travels(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_the_loop_neither_reads_from_the_device_nor_sends_to_it(rows: int) -> None:
-    """Either would make the host wait. The device is meta, which has no numbers: reading one raises."""
+    """Either would make the host wait. On the meta device, which has no data, reading a number raises."""
     with torch.device("meta"):
         model = Flux(FLUX)
     model.modulation_rows = rows

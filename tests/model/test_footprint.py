@@ -1,4 +1,4 @@
-"""Bytes of weights against those of real models, and of activations against those that are alive when they are made."""
+"""Estimated bytes of weights compared with real models, and of activations with live tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flux_batch.sampling_params import Quantization
 pytestmark = pytest.mark.slow
 
 META = torch.device("meta")
-# As wide as FLUX.1, with few of its blocks, which are all alike.
+# As wide as FLUX.1, with only a few of its equal blocks.
 SHORT = replace(DEV, depth=2, depth_single_blocks=3)
 T5_XXL = {
     "vocab_size": 32128,
@@ -85,7 +85,7 @@ def test_a_t5_takes_what_is_counted(dtype: str, quantization: Quantization) -> N
             if name.endswith(".wo"):
                 module.to(torch.float32)
     shapes = shapes_of(model)
-    shapes |= {"encoder.embed_tokens.weight": shapes["shared.weight"]}  # as some files have it
+    shapes |= {"encoder.embed_tokens.weight": shapes["shared.weight"]}  # some files have this key too
     if change := PREPARE_T5[quantization]:
         change(model)
     assert weight_bytes("t5", shapes, dtype, quantization) == bytes_of(model)
@@ -114,7 +114,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are not freed, and their peak."""
+    """Counts the bytes of live tensors made in a block, and their peak."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -146,13 +146,13 @@ class Alive(TorchDispatchMode):
 
 @pytest.fixture
 def _fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta, attention would be computed with the whole table of scores, as no GPU does."""
+    """On meta, attention would use the full matrix of scores, which no GPU does."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
 
 
 @pytest.fixture
 def _products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta, rows become fp8 in one step, and products are those of the stand-in."""
+    """On meta, rows are converted to fp8 in one step, and the fake operation computes products."""
 
     def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.empty((len(rows), 1), dtype=torch.float32, device=rows.device)

@@ -1,4 +1,4 @@
-"""The operations of a step, beside those that torch counts."""
+"""The floating-point operations of a step, compared with torch's count."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_formula_counts_what_torch_counts(guidance_embed: bool) -> None:
     pe = model.position_table(position_ids(10, 8, 12))
     one = torch.ones(1)
 
-    # The one way to attend on the CPU that torch counts.
+    # The only attention kernel on the CPU whose operations torch counts.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(
             torch.zeros(1, 24, params.in_channels),

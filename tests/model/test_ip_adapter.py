@@ -1,4 +1,4 @@
-"""IP-Adapters beside golden numbers of diffusers."""
+"""IP-Adapters compared with golden numbers of diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise, packing, positions, schedules and the Euler loop, against the numbers of the references."""
+"""Noise, packing, positions, schedules and the Euler loop, compared with reference numbers."""
 
 from __future__ import annotations
 

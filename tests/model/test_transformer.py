@@ -1,4 +1,4 @@
-"""The transformer against golden numbers that BFL's and diffusers' code agree on."""
+"""The transformer compared with golden numbers on which BFL's and diffusers' code agree."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_conditioning_is_golden(model: Flux) -> None:
 def test_rotary_table_is_golden(model: Flux) -> None:
     cos, sin = model.position_table(IDS).unbind(-1)
     check(torch.stack((cos, -sin, sin, cos)), 399.068788, 526.624608)
-    # The text, at position 0 of every axis, is not turned; nor is any first axis.
+    # The text has position 0 on every axis, so it is not rotated; neither is the first axis.
     assert (cos[:7] == 1).all()
     assert (sin[:7] == 0).all()
     assert (sin[:, :2] == 0).all()

@@ -1,4 +1,4 @@
-"""Annotations that are reverted or removed: what is kept, what a kill leaves, and storage that fails meanwhile."""
+"""Annotations that are reverted or removed, also with kills and failing storage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW = {"key": "000000000", "score": 0.5, "error_type": None, "error_message": No
 
 
 class AwayStore(Store):
-    """A store that does not answer for a file."""
+    """A store that does not answer for the file `away`."""
 
     away = ""
 
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> AwayStore:
 
 
 def metadata_of(sha256: str) -> bytes:
-    """Return the metadata of the image with these bytes."""
+    """Return the metadata of an image with a sha256."""
     record = ImageRecord(
         key="000000000", id="0", image_index=0, prompt="p", model="m", status="success", sha256=sha256, bytes=1
     )
@@ -71,7 +71,7 @@ def commit_row(store: Store, row: dict[str, Any]) -> None:
 
 
 def staged_scores(store: Store) -> list[Any]:
-    """Return the scores that are staged of the image."""
+    """Return the staged scores of the image."""
     staging = folder_of(store).staging
     images = [image for name in staging.list(0).objects for image in staging.read(0, name)]
     return [(unpack_staged_row(image, SCHEMA) or {})["score"] for image in images]
@@ -156,7 +156,7 @@ def test_a_removal_that_is_killed_leaves_word_of_what_made_the_rest(store: AwayS
 
 def test_a_commit_that_comes_while_its_file_is_removed_does_not_stay(store: AwayStore) -> None:
     class LateStore(Store):
-        """A store in which a worker commits its file once that is gone."""
+        """A store in which a worker commits its file right after that file is removed."""
 
         commit = b""
 

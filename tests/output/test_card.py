@@ -26,7 +26,7 @@ def test_datasets_loads_an_output_by_its_card(tmp_path: Path, monkeypatch: pytes
     assert header["configs"][0]["data_files"][0]["split"] == "train"
     loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     samples = [sample.get("json") or sample for sample in loaded]
-    # imagefolder promises no order.
+    # imagefolder has no defined order.
     assert sorted(sample["prompt"] for sample in samples) == [f"image {number}" for number in range(6)]
     assert all((sample.get("png") or sample["image"]).size == (16, 16) for sample in loaded)
 

@@ -15,10 +15,10 @@ from flux_batch.storage.store import Store
 
 
 class CountingStore(Store):
-    """A store that notes what is read."""
+    """A store that records the keys that are read."""
 
     keys: list[str]
-    is_local = False  # of a bucket, a page of a listing is a request
+    is_local = False  # as in a bucket, where a page of a listing is a request
 
     def read(self, key: str) -> bytes:
         self.keys.append(key)
@@ -77,7 +77,7 @@ def test_a_written_log_spares_the_commits_that_it_counts(tmp_path: Path) -> None
 def test_a_log_lacks_few_shards_below_its_end(tmp_path: Path) -> None:
     commits, store = make(tmp_path)
     log = CommitLog(commits)
-    for shard in (*range(10), *range(100, 110)):  # 90 are missing between: too many to ask for one by one
+    for shard in (*range(10), *range(100, 110)):  # 90 between are missing, too many to ask for one by one
         put(commits, shard)
         log.add(commit(shard, num_failed=shard % 2))
     log.write()
@@ -132,7 +132,7 @@ def test_a_log_that_cannot_be_used_is_rebuilt_from_the_commits(
 
 
 def test_a_log_of_a_longer_plan_counts_for_the_shards_of_ours(tmp_path: Path) -> None:
-    """A driver may extend the plan while somebody who has read the old one looks at the run."""
+    """A driver may extend the plan while a reader of the old plan looks at the run."""
     commits, store = make(tmp_path, num_shards=4)
     put(commits, *range(10))
     longer = CommitLog.read(Commits(RunFolder(store, 10)))
@@ -195,7 +195,7 @@ def test_a_run_is_complete_by_its_commits_alone(tmp_path: Path, monkeypatch: pyt
     CommitLog.read(commits).write()
     check_all_committed(commits)
     early = [(name, size) for name, size in store.children(COMMITS).items() if name < "00290"]
-    monkeypatch.setattr(store, "_entries", lambda *asked: iter(early))  # a listing that is late
+    monkeypatch.setattr(store, "_entries", lambda *asked: iter(early))  # an outdated listing
     assert 295 not in commits.listed()
     check_all_committed(commits)
 
@@ -216,7 +216,7 @@ def test_a_log_is_due_after_a_thousand_commits(tmp_path: Path) -> None:
     log.write()
     assert not log.is_due
     size = store.size(COMMIT_LOG)
-    assert size < 8000  # in columns, a commit takes bytes, not hundreds
+    assert size < 8000  # in columns, a commit takes less than ten bytes
     store.delete(COMMIT_LOG)
     log.write()  # nothing new
     assert not store.exists(COMMIT_LOG)

@@ -34,7 +34,7 @@ PROMPTS = ["a cat", "猫 🐈‍⬛", "[fails]", "a dog"]
 
 
 class Crash(Exception):
-    """Stands for the death of a worker between two writes."""
+    """The simulated death of a worker between two writes."""
 
 
 class FragileStore(Store):
@@ -43,7 +43,7 @@ class FragileStore(Store):
     def __init__(self, uri: str, last: int) -> None:
         super().__init__(uri)
         self._left = last
-        self._turn = threading.Lock()  # images are written side by side
+        self._turn = threading.Lock()  # images are written in several threads
 
     def write(self, key: str, data: bytes | Path) -> None:
         self._count()
@@ -61,7 +61,7 @@ class FragileStore(Store):
 
 
 class Attempt:
-    """One worker's attempt at the shard of PROMPTS: its own scratch folder, rounding and failures."""
+    """One worker's attempt at the shard of PROMPTS, with its own scratch folder, rounding and failures."""
 
     def __init__(self, folder: Path, layout: str, *, rounding: int = 0, fails: Sequence[str] = ("[fails]",)) -> None:
         self.scratch = folder
@@ -114,7 +114,7 @@ def files_of(store: Store, *folders: str) -> dict[str, bytes]:
 
 
 def check_consistent(store: Store, layout: str) -> list[dict[str, Any]]:
-    """Follow the one commit and check everything it says. Returns: the metadata rows."""
+    """Read the files of the only commit and check all its fields. Returns: the metadata rows."""
     commits = Commits(RunFolder(store, 1))
     assert commits.done() == {0}
     commit = commits.read(0)
@@ -171,7 +171,7 @@ def test_a_worker_that_slept_while_its_shard_was_reverted_commits_nothing(tmp_pa
     slept: list[str] = []
 
     class SleepyStore(Store):
-        """A store whose user sleeps before it writes a file, while another driver reverts the shard."""
+        """A store whose worker sleeps before it writes a file, while another driver reverts the shard."""
 
         def write(self, key: str, data: bytes | Path) -> None:
             self._sleep_before(key)
@@ -270,7 +270,7 @@ def test_a_row_that_failed_for_one_attempt_alone_has_one_story(
     rows = check_consistent(store, layout)
     if not first:
         assert {row["status"] for row in rows} == {"success"}
-    elif layout != "files":  # the tar stands without the image
+    elif layout != "files":  # the tar stays without the image
         assert [row["error_type"] for row in rows if row["status"] == "failed"] == ["Superseded"]
 
 
@@ -292,7 +292,7 @@ def test_a_shard_of_failures_only_has_metadata_and_no_data(tmp_path: Path) -> No
 def test_of_two_attempts_in_any_interleaving_one_story_remains(
     tmp_path: Path, layout: str, ours: int, theirs: int
 ) -> None:
-    """A second worker publishes the whole shard between any two writes of the first, with as many or fewer images."""
+    """A second worker publishes the whole shard between any two writes of the first."""
     fails = {0: (), 1: ("[fails]",), len(PROMPTS): PROMPTS}
     for moment in itertools.count():
         store = Store(str(tmp_path / f"out{moment}"))
@@ -310,7 +310,7 @@ def test_of_two_attempts_in_any_interleaving_one_story_remains(
 
 
 class InterruptedStore(FragileStore):
-    """A store in which something else happens before write number `last`."""
+    """A store that calls `happen` before write number `last`."""
 
     def __init__(self, uri: str, last: int, happen: Callable[[], object]) -> None:
         super().__init__(uri, last)

@@ -31,7 +31,7 @@ FORMATS = ["webdataset", "files", "parquet"]
 
 
 def make_samples(folder: Path, output: OutputConfig, prompts: Sequence[str] = PROMPTS) -> list[Sample]:
-    """Encode an image for each prompt."""
+    """Return an encoded image for each prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for row, prompt in enumerate(prompts):
@@ -58,7 +58,7 @@ def pack(
     passthrough: pa.Schema = PASSTHROUGH,
     shard: str = "00000",
 ) -> Path:
-    """Lay a shard out under `folder` as the store would hold it. Returns: the folder."""
+    """Write a shard under `folder` as in the store. Returns: the folder."""
     layout = format_for(output, passthrough)
     scratch = folder / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def test_unpacking_gives_the_images_that_were_packed(tmp_path: Path, layout: str
 def test_a_row_group_has_a_bound_in_bytes_too(
     tmp_path: Path, num_sources: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrow reads no whole group with 2 GiB in the images, which 90 of 4096 x 4096 have."""
+    """Arrow cannot read a row group with 2 GiB of images, such as 90 of 4096 x 4096."""
     monkeypatch.setattr("flux_batch.output.formats.BYTES_PER_ROW_GROUP", 100)
     samples = []
     for row, size in enumerate([40, 50, 10, 60, 50, 50, 200, 90]):
@@ -169,7 +169,7 @@ def test_the_json_of_all_samples_has_one_set_of_keys_and_types_and_no_nulls(tmp_
 
 
 def shape_of(value: Any) -> Any:
-    """The type of a value as a loader that looks at some rows sees it; null never passes."""
+    """Return the type of a value as a loader infers it from some rows; null is an error."""
     assert value is not None
     if isinstance(value, dict):
         return {name: shape_of(item) for name, item in value.items()}
@@ -179,7 +179,7 @@ def shape_of(value: Any) -> Any:
     return type(value)
 
 
-# webdataset leaves closing the tar to the garbage collector.
+# webdataset leaves the tar to the garbage collector to close.
 @pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO .*tar:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("image_type", ["png", "jpeg", "webp"])
@@ -265,7 +265,7 @@ def test_parquet_has_row_groups_that_viewers_can_page_through(tmp_path: Path) ->
 
 
 class Meter(Store):
-    """A store that notes what is read of it."""
+    """A store that counts the bytes that are read."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -299,7 +299,7 @@ def test_some_images_are_read_and_not_the_others(tmp_path: Path, layout: str, mo
     assert list(images) == [key]
     assert len(images[key]) == row["bytes"]
     assert hashlib.sha256(images[key]).hexdigest() == row["sha256"]
-    # An image of noise has some 200 kB; of the others before it no more than the block around a header is read.
+    # An image of noise has some 200 kB. Of the images before it, only the block around each header is read.
     assert row["bytes"] > 2.5 * BLOCK_BYTES
     total = sum(each["bytes"] for each in rows.values())
     assert store.num_bytes < total / 2.5

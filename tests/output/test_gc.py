@@ -1,4 +1,4 @@
-"""The removal of what no commit names: nothing else goes, and the run stays good."""
+"""The removal of files that no commit names: it removes nothing else, and the run stays valid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_gc_removes_the_files_that_no_commit_names_and_no_others(
 ) -> None:
     before = {key: store.read(key) for key in store.list("")}
     Path(store.uri, "mine.txt").write_text("beside the run")
-    store.write("_run/gallery/index.html", b"x")  # of this program
+    store.write("_run/gallery/index.html", b"x")  # written by flux-batch
     before["_run/gallery/index.html"] = b"x"
     strange = ["_run/tmp/half", "_run/staging/00000/x.parquet", "train/notes.txt", "train/00007.tar", "metadata/x"]
     for key in strange:
@@ -62,7 +62,7 @@ def test_gc_reads_no_commit_of_a_shard_whose_file_is_that_of_the_log(
 ) -> None:
     store = Store(make_run(tmp_path, layout).output.uri)
     data = next(key for key in store.list("train") if "00001" in key)
-    store.write(data, store.read(data) + b"x")  # not as it was committed
+    store.write(data, store.read(data) + b"x")  # differs from the committed file
     asked: list[str] = []
     read = Store.read
     monkeypatch.setattr(Store, "read", lambda self, key: asked.append(key) or read(self, key))
@@ -87,7 +87,7 @@ def test_a_shard_that_was_committed_since_it_was_listed_stays(config: JobConfig,
 
 def test_a_commit_that_comes_while_its_files_are_removed_is_reverted(config: JobConfig, store: Store) -> None:
     class LateStore(Store):
-        """A store in which a worker commits its shard once the first file of it is gone."""
+        """A store in which a worker commits its shard once the first file of the shard is removed."""
 
         commit = b""
 
@@ -117,7 +117,7 @@ def test_gc_removes_nothing_behind_a_link(store: Store, tmp_path: Path, capsys: 
         Path(store.uri, folder).mkdir(exist_ok=True)
         Path(store.uri, folder, "link").symlink_to(tmp_path / "others")
     code, text = command(capsys, "gc", store.uri)
-    assert (code, text) == (0, "1 object removed\n")  # the link in the folder of others
+    assert (code, text) == (0, "1 object removed\n")  # the link in `_run/mine`, not its target
     assert others.read_text() == "of others"
 
 
@@ -143,7 +143,7 @@ def test_parts_that_a_killed_writer_left_are_found_and_aborted(
     finish(config)
     store = Store(config.output.uri, config.output.storage_options)
     bucket, _, key = f"{store.uri}/train/00001.tar".removeprefix("s3://").partition("/")
-    foreign = ["nested/train/00001.tar", "notes.bin"]  # of a run further below, and of another tool
+    foreign = ["nested/train/00001.tar", "notes.bin"]  # of a run in a subfolder, and of another tool
     for other in foreign:
         store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key.replace("train/00001.tar", other))
     epochs = store.list("_run/lease")
@@ -188,7 +188,7 @@ def test_many_leftovers_in_a_bucket_are_removed_by_few_requests(
         assert command(capsys, "gc", store.uri, *given) == (0, "60 objects removed\n")
 
         removing = [path for method, path, _ in proxy.requests if method == "DELETE" or "?delete" in path]
-        assert len(removing) < 5  # one for the objects, and those of the lease
+        assert len(removing) < 5  # one for all objects, and those of the lease
 
 
 def denied(store: Store, upload: Upload) -> None:

@@ -22,7 +22,7 @@ ELSEWHERE = ProcessId(host="node-7", boot="b", namespace="n", pid=4242, started=
 
 
 class Time:
-    """Passes only in `sleep`; `events` happen when their second has come."""
+    """A clock that moves only in `sleep`, and then runs the `events` that are due."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -52,7 +52,7 @@ def make(store: Store, passing: Time) -> Lease:
 
 
 def hold(store: Store, epoch: int = 1, **fields: Any) -> Holder:
-    """Let a driver of another machine have the run."""
+    """Write the lease of a driver on another machine."""
     holder = Holder(
         epoch=epoch, id=f"other-{epoch}", process=ELSEWHERE, ttl_s=TTL_S, since_unix_time=0, seen_unix_time=0
     )
@@ -108,7 +108,7 @@ def test_a_holder_that_stands_still_for_its_ttl_is_followed_and_learns_of_it(sto
     passing = Time()
     lost = make(store, passing)
     lost.acquire()
-    lost._held = hold(store)  # it lives elsewhere, and is paused
+    lost._held = hold(store)  # it runs on another machine, and is paused
     lost.store.write("_run/progress.json", b"1")
     follower = make(store, passing)
     follower.acquire()
@@ -186,7 +186,7 @@ def test_a_holder_that_leaves_while_watched_is_followed_then(store: Store) -> No
 def test_of_many_watchers_of_a_dead_driver_one_follows(store: Store) -> None:
     passing = Time()
     hold(store)
-    passing.after(59.5, lambda: hold(store, epoch=2))  # another watcher was quicker
+    passing.after(59.5, lambda: hold(store, epoch=2))  # another watcher is quicker
     passing.after(70, lambda: hold(store, epoch=2, beats=1))
     with pytest.raises(RunHeld):
         make(store, passing).acquire()
@@ -236,7 +236,7 @@ def test_without_conditional_writes_the_one_who_was_overwritten_has_lost(
 ) -> None:
     monkeypatch.setattr(Store, "has_conditional_put", False)
     passing = Time()
-    passing.after(1, lambda: hold(store))  # its write began before ours and lands after it
+    passing.after(1, lambda: hold(store))  # its write begins before ours and arrives after it
     with pytest.raises(RunHeld, match="node-7:4242"):
         make(store, passing).acquire()
     assert passing.now - 1000 == lease_module.SETTLE_S
@@ -288,7 +288,7 @@ def test_a_damaged_lease_is_named(store: Store, data: bytes) -> None:
 def test_a_lease_that_is_empty_while_it_is_replaced_is_read_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As rclone's server shows it."""
+    """rclone's server returns an empty lease at that moment."""
     lease = make(store, Time())
     lease.acquire()
     answers = iter([b"", store.read("_run/lease/00001.json")])
@@ -311,9 +311,9 @@ def test_beats_come_quickly_first_and_never_stop_coming() -> None:
 
 def test_a_kept_lease_beats_by_itself_and_outlives_its_ttl(store: Store) -> None:
     with Lease(store, ttl_s=0.4) as lease:
-        with pytest.raises(RunHeld):  # at the next beat, however long that takes
+        with pytest.raises(RunHeld):  # at the next beat, even if that is late
             Lease(store, ttl_s=0.4, clock=lambda: 0.0).acquire()
-        wait_until(lambda: lease.holder.beats >= 9)  # less than half of the ttl lies between two
+        wait_until(lambda: lease.holder.beats >= 9)  # beats are less than half of the ttl apart
         lease.check()
     holder = read_holder(store)
     assert holder is not None
@@ -323,7 +323,7 @@ def test_a_kept_lease_beats_by_itself_and_outlives_its_ttl(store: Store) -> None
 def test_a_lease_is_looked_at_when_a_heartbeat_was_late_and_now_and_then(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody can have followed otherwise."""
+    """At all other times no driver can have taken over the run."""
     looks = []
     read = Store.read
     monkeypatch.setattr(Store, "read", lambda store, key: looks.append(key) or read(store, key))
@@ -344,7 +344,7 @@ def test_a_lease_is_looked_at_when_a_heartbeat_was_late_and_now_and_then(
         1,
         0,
     ]
-    assert [beat(seconds) for seconds in (24, 31, 24, 24)] == [0, 2, 1, 0]  # in the turn after, too, and before a write
+    assert [beat(seconds) for seconds in (24, 31, 24, 24)] == [0, 2, 1, 0]  # also before a write and at the next beat
 
 
 def test_the_loss_is_told_once_without_being_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +384,7 @@ def test_an_error_within_releases_too(store: Store) -> None:
 
 
 def rivals(stores: list[Store]) -> tuple[list[Lease], list[BaseException]]:
-    """Let drivers want the run in the same moment. Returns: who got it, and what the others were told."""
+    """Start drivers at the same moment. Returns: the leases of the winners, and the errors of the others."""
     start = threading.Barrier(len(stores))
     winners: list[Lease] = []
     told: list[BaseException] = []
@@ -430,7 +430,7 @@ def test_of_drivers_in_the_same_moment_one_has_the_run_in_a_bucket(s3_store: Buc
 def test_the_heartbeat_goes_on_after_an_error_that_nobody_expects(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a client of storage: the thread ended, and the next driver took the run from one that lives."""
+    """If such an error ended the thread, the next driver would take the run from a live one."""
     with Lease(store, ttl_s=0.5) as lease:
         write, errors = Store.write, [RuntimeError("Session is closed")]
 

@@ -66,7 +66,7 @@ def test_no_passthrough_column_is_taken_for_more_images() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux lists them")
 def test_a_table_is_read_without_threads_that_a_process_would_die_of_at_its_end(tmp_path: Path) -> None:
-    """A thread of Arrow that reads a file object of Python waits for an interpreter that is gone."""
+    """At exit, an Arrow thread that reads a Python file object waits for the interpreter, which is gone."""
     (tmp_path / "rows.parquet").write_bytes(parquet_bytes(pa.table({"key": ["a"] * 1000})))
     program = """
 import os, sys

@@ -27,7 +27,7 @@ def test_a_process_that_ended_is_gone_even_before_its_parent_notices() -> None:
     process = replace(ProcessId.own(), pid=int(pid), started=started)
     assert not process.is_gone()
     child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but still in the table
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but still in the process table
     assert process.is_gone()
     child.communicate()
     assert process.is_gone()

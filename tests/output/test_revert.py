@@ -1,4 +1,4 @@
-"""Reverts beside a worker of a driver that has lost the run, and still finishes its shard."""
+"""Reverts while a worker of a driver that has lost the run still finishes its shard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METADATA, COMMIT = "metadata/00001.parquet", "_run/commits/00001.json"
 
 
 class LateStore(Store):
-    """A store in which another worker puts files back, right after one of them is removed for the first time."""
+    """A store in which another worker writes files again right after the first removal of one."""
 
     after = ""
     late: dict[str, bytes]

@@ -1,4 +1,4 @@
-"""Edit pairs: the images before an edit lie beside those after it, in each format, wherever a run is read."""
+"""Edit pairs: each format, and each reader of a run, has the source images beside the edited images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drawn(colour: str, size: tuple[int, int] = (48, 32)) -> bytes:
 
 
 def pair_job(folder: Path, layout: str = "webdataset", **output: Any) -> JobConfig:
-    """Return a job of five edits, each of one reference; the fourth row has none, and the fifth an input image."""
+    """Return a job of five edits: three of a reference image, one without any image, one of an input image."""
     rows: list[dict[str, Any]] = [
         {"prompt": f"edit {colour}", "reference_image": [drawn(colour)]} for colour in COLOURS
     ]
@@ -55,7 +55,7 @@ def pair_job(folder: Path, layout: str = "webdataset", **output: Any) -> JobConf
 
 
 def sources_of(folder: Path) -> dict[str, bytes]:
-    """Read the source images under `folder` by the keys of their images, without the code under test."""
+    """Return the source images under `folder` by the keys of their images, without the code under test."""
     found: dict[str, bytes] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".tar":
@@ -114,7 +114,7 @@ def test_pairs_are_written_verified_shown_exported_and_loaded(tmp_path: Path, la
     datasets.disable_progress_bars()
     loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     name = "source.png" if layout == "webdataset" else "source"
-    # `datasets` reads folders of single files in the order of a set.
+    # `datasets` reads folders of single files in the arbitrary order of a set.
     assert sorted(np.asarray(row[name]).shape for row in loaded) == [(16, 16, 3)] + [(32, 48, 3)] * 3
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_pair_is_found_and_made_again(tmp_path: Path, layout: str) -> 
     finish(config, making)
 
     assert data_files(out) == before
-    assert set(making.prompts) == {"edit red", "edit lime"}  # of its batch; the others were staged
+    assert set(making.prompts) == {"edit red", "edit lime"}  # its batch; the other images were staged
 
 
 def test_several_source_images_lie_side_by_side_and_columns_of_that_name_are_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_damage_at_any_byte_makes_the_object_worth_nothing(staging: Staging) -> 
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        assert staging.read(3, name) in ([], IMAGES), place  # some bytes of Parquet carry no meaning
+        assert staging.read(3, name) in ([], IMAGES), place  # some bytes of a Parquet file have no meaning
     for length in range(0, len(whole), 50):
         path.write_bytes(whole[:length])
         assert staging.read(3, name) == []

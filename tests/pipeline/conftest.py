@@ -13,7 +13,7 @@ from helpers.tiny_flux import TinyFlux, make_tiny_repository
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in the layout of diffusers."""
+    """A model in diffusers' layout."""
     return make_tiny_repository(tmp_path_factory.mktemp("models") / "dev", TinyFlux())
 
 

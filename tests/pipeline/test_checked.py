@@ -1,4 +1,4 @@
-"""Pipelines of somebody else's: what they declare, what they are given, and what is said of what they return."""
+"""Pipelines of users: their declarations, their arguments, and checks of their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fill, inpainting, Canny and Depth beside diffusers on the same weights, and what a call without their images gets."""
+"""Fill, inpainting, Canny and Depth compared with diffusers, and the errors of calls without images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MASKS = [mask(96, 64, (10, 5, 60, 41)), mask(96, 64, (0, 0, 96, 64)), mask(48, 3
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Models by the channels of their tokens."""
+    """A model for each number of token channels."""
     folder = tmp_path_factory.mktemp("conditions")
     models = {384: "flux-fill", 128: "flux-depth"}
     return {
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def load_mean(folder: Path, kind: type) -> Any:
-    """Load a pipeline of diffusers whose posteriors have no width, so that their samples are their means."""
+    """Load a diffusers pipeline whose posteriors have zero variance, so that samples are means."""
     reference = load_reference(folder, kind)
     conv = reference.vae.encoder.conv_out
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_canny_and_depth(folders: dict[int, Path]) -> None:
         seeds = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
         noise = torch.cat([torch.randn((1, 16, 8, 12), generator=seed) for seed in seeds])
     theirs = {"control_image": IMAGES, "latents": reference._pack_latents(noise, 3, 16, 8, 12)}
-    # By its folder it is Depth, whose guidance is 10.
+    # The name of its folder says Depth, whose guidance is 10.
     assert pipe.default_guidance == 10.0
     assert_same(pipe, reference, ours={"control_image": IMAGES}, theirs=theirs | {"guidance_scale": 10.0})
 
@@ -165,7 +165,7 @@ def test_the_order_of_references_and_each_of_them_counts(kontext: FluxImagePipel
 
 @pytest.mark.parametrize("speed_up", ["step cache", "graphs", "tiled", "bfloat16"])
 def test_speed_ups_hold_with_references_and_channels(repository: Path, folders: dict[int, Path], speed_up: str) -> None:
-    """A cache that reuses nothing and graphs change no bit, tiles that hold a whole image neither."""
+    """A cache that reuses nothing, graphs, and tiles that hold the whole image change no bit."""
     options: dict[str, Any] = {
         "step cache": {"step_cache": 1e-9},
         "tiled": {"tiled": True, "tile_size": 128},

@@ -1,4 +1,4 @@
-"""ControlNets beside diffusers on the same weights: kinds, numbers of nets and blocks; and what a call refuses."""
+"""ControlNets compared with diffusers: kinds, numbers of nets and blocks, and the errors of calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from helpers.tiny_calls import CPU, PROMPTS, SEEDS, SMALL, noise_image
 from helpers.tiny_controlnet import BASE, make_net, reference_of
 from helpers.tiny_flux import TinyFlux, make_tiny_repository, read_folder
 
-# A deprecation inside diffusers, of its own class.
+# A deprecation warning of diffusers about its own class.
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 IMAGES = [noise_image(96, 64), noise_image(96, 64).rotate(180), noise_image(48, 32)]
 
@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_latents(reference: Any, height: int, width: int, **arguments: Any) -> dict[str, Any]:
-    """Return diffusers' arguments with our noise: it draws that of the posterior first."""
+    """Return diffusers' arguments with our noise, since it draws the noise of the posterior first."""
     noise = [
         torch.randn((1, 16, height // 8, width // 8), generator=torch.Generator().manual_seed(seed)) for seed in SEEDS
     ]
@@ -206,13 +206,13 @@ def test_a_step_cache_computes_where_a_net_begins_or_ends(base: Path, net: Path)
     residuals = pipe.controlnets.nets[0].residuals
     pipe.controlnets.nets[0].residuals = lambda *inputs: runs.append(1) or residuals(*inputs)  # type: ignore
     pipe("x", step_cache=1.0, **common)
-    assert len(runs) == 2  # where the net begins, and at the last step
+    assert len(runs) == 2  # at the first step of the net, and at the last step
     pipe("x", **common)
     assert len(runs) == 5
 
 
 def test_an_inpainting_net_reads_what_is_kept(base: Path, tmp_path: Path) -> None:
-    """As in alimama's code, which diffusers lacks: the hole is black, and a channel says what is kept."""
+    """As in alimama's code, which diffusers lacks, the hole is black, and a channel marks the kept area."""
     folder = make_net(tmp_path / "net", 2, 0)
     state = read_folder(folder)
     state["controlnet_x_embedder.weight"] = torch.randn(len(state["controlnet_x_embedder.bias"]), 68)

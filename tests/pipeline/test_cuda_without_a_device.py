@@ -1,7 +1,7 @@
-"""The whole pipeline as CUDA, at full size and on no GPU: every tensor has its shape and device, and no numbers.
+"""The whole pipeline as CUDA, at full size without a GPU: tensors have shapes and devices, but no data.
 
-FLUX.1-dev's own widths, with two blocks of each kind in place of 19 and 38, and two layers of each text encoder. What
-the kernels compute, and how fast, only tests/gpu can tell.
+The model has FLUX.1-dev's widths, with two blocks of each kind instead of 19 and 38, and two layers of each text
+encoder. Only tests/gpu can test the results and the speed of the kernels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MATRICES_IN_FP8 = 2 * 8 + 2 * 2
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of one matrix of each kind of block, written before tensors have no numbers."""
+    """A LoRA of one matrix of each kind of block, written while tensors still have data."""
     shapes = {"transformer_blocks.0.attn.to_q": (3072, 3072), "single_transformer_blocks.1.proj_mlp": (12288, 3072)}
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     return write_lora(path, random_factors(shapes, max_rank=2), prefix="transformer.")
@@ -71,7 +71,7 @@ def device(lora: Path) -> Iterator[Waits]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_model, "SIZES", {"dev": short})
-        patch.setattr(quantize, "CHUNK_NUMBERS", 2**40)  # pieces would be a thousand operations
+        patch.setattr(quantize, "CHUNK_NUMBERS", 2**40)  # pieces would take a thousand operations
         with fake_cuda() as waits:
             yield waits
 
@@ -106,7 +106,7 @@ def test_a_call_waits_once_for_the_images_and_their_check(
     image = pipe("a cat", seed=1, **options)
     assert (image.shape, image.dtype) == ((1024, 1024, 3), "uint8")
     assert waits.places == ["pixels.as_output"]
-    assert products[0] > 0  # the texts are on the device while the host draws the noise
+    assert products[0] > 0  # the device encodes the texts while the host draws the noise
 
 
 def test_guidance_by_a_negative_prompt_and_an_input_image(dev: ModelManager, waits: Waits) -> None:
@@ -163,7 +163,7 @@ def test_narrow_weights_and_a_lora(waits: Waits, lora: Path, quantization: Any) 
     before = {name: id(tensor) for name, tensor in pipe.transformer.named_buffers()}
     pipe.set_loras([(lora, 1.0)])
     pipe.unload_loras()
-    # Graphs and compiled code keep addresses.
+    # Graphs and compiled code refer to addresses, so the tensors must stay the same.
     assert {name: id(tensor) for name, tensor in pipe.transformer.named_buffers()} == before
     waits.calls.clear()
     latents = pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **FULL)
@@ -173,7 +173,7 @@ def test_narrow_weights_and_a_lora(waits: Waits, lora: Path, quantization: Any) 
 
 def test_a_step_cache_waits_once_an_image_to_decide(dev: ModelManager, waits: Waits) -> None:
     pipe = FluxImagePipeline.from_model_manager(dev, compile=False, step_cache=0.1)
-    waits.numbers = [0.0, 1.0, 0.0, 0.0]  # one of two images is reused, then both
+    waits.numbers = [0.0, 1.0, 0.0, 0.0]  # reuse one of two images, then both
     places: list[list[str]] = []
 
     def steps(steps: Any) -> Iterator[int]:
@@ -185,7 +185,7 @@ def test_a_step_cache_waits_once_an_image_to_decide(dev: ModelManager, waits: Wa
     pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=steps, **{**FULL, "num_inference_steps": 4})
     assert places[0] == places[3] == []
     assert places[2] == 2 * ["step_cache._to_compute"]
-    assert places[1] == [*places[2], "step_cache.__call__"]  # the number of the image to compute
+    assert places[1] == [*places[2], "step_cache.__call__"]  # reads the index of the image to compute
 
 
 def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: Waits) -> None:
@@ -197,8 +197,8 @@ def test_graphs_record_one_step_and_launch_the_others(dev: ModelManager, waits: 
     latents = pipe(["a cat", "a dog"], seed=[1, 2], progress_bar=waits.steps, **FULL)
     assert latents.shape == (2, 16, 128, 128)
     assert (recorder.num_records, recorder.num_replays) == (1, 2 * STEPS)
-    # Latents and modulation in one piece each step, the texts once a loop, and the table of positions not at all; the
-    # stand-in for a recorder copies each result.
+    # Each step copies latents and modulation in one operation, each loop copies the texts once, and nothing copies the
+    # table of positions. The fake recorder copies each result.
     assert waits.calls["_foreach_copy_"] == STEPS
     assert waits.calls["copy_"] == STEPS + 1
 
@@ -255,7 +255,7 @@ def test_offloaded_text_encoders_visit_the_device(waits: Waits) -> None:
     assert latents.is_cuda
     assert visits == ["cuda"]
     assert {tensor.device.type for tensor in pipe.t5.model.parameters()} == {"cpu"}
-    # Weights come without waiting; the embeddings go to host memory, and come back.
+    # Moving the weights does not wait; the embeddings go to host memory and back.
     assert waits.places == 4 * ["transformer.to"]
 
 
@@ -275,7 +275,7 @@ def test_the_benchmark_of_a_pipeline_comes_to_its_end(
 
 
 def put_on_cuda(model: torch.nn.Module) -> None:
-    """Set the weights of a module on meta to some on CUDA."""
+    """Replace the meta weights of a module by weights on CUDA."""
     for layer in model.modules():
         for name, weight in list(layer.named_parameters(recurse=False)):
             on_cuda = torch.empty(weight.shape, dtype=torch.bfloat16, device=CUDA)

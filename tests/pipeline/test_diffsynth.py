@@ -1,4 +1,4 @@
-"""The ways of DiffSynth-Studio: its schedule, its tiles, and the sample on its model card."""
+"""DiffSynth-Studio's schedule, its tiles, and the sample of its model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.tiny_calls import SMALL, noise_image
 
 class TestWaysOfDiffSynth:
     def first_tokens(self, pipe: FluxImagePipeline, **options: Any) -> list[Tensor]:
-        """Return what the transformer is given at each step."""
+        """Return the input of the transformer at each step."""
         seen: list[Tensor] = []
         hook = pipe.transformer.img_in.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
         try:
@@ -32,7 +32,7 @@ class TestWaysOfDiffSynth:
     def test_static_shift_runs_all_steps_from_the_mean_of_the_image(
         self, pipe: FluxImagePipeline, strength: float
     ) -> None:
-        """fed7b18: FlowMatchScheduler.set_timesteps_flux and FluxImageUnit_InputImageEmbedder."""
+        """Source: DiffSynth-Studio fed7b18, FlowMatchScheduler.set_timesteps_flux, FluxImageUnit_InputImageEmbedder."""
         image = noise_image(96, 64)
         seen = self.first_tokens(pipe, input_image=image, denoising_strength=strength, sigma_shift=3.0)
 
@@ -50,7 +50,7 @@ class TestWaysOfDiffSynth:
         assert torch.equal(seen[0], pack(make_noise((16, 8, 12), make_generators([3]))))
 
     def test_cfg_scale_below_one_and_of_zero(self, pipe: FluxImagePipeline) -> None:
-        """Any scale but 1 counts; 0 is the negative prompt alone."""
+        """Any scale except 1 has an effect; 0 is the negative prompt alone."""
         common = {"seed": 8, "output_type": "latent", **SMALL}
         away = pipe("a cat", negative_prompt="a dog", cfg_scale=0.0, **common)
         torch.testing.assert_close(away, pipe("a dog", **common), atol=1e-5, rtol=0)
@@ -81,7 +81,7 @@ class TestWaysOfDiffSynth:
 
 
 class TestSampleOfDiffSynth:
-    """The program on the model card: only the import differs."""
+    """The program of the model card, with only its import changed."""
 
     def run(self, folder: Path, path: Path) -> bytes:
         model_manager = ModelManager(torch_dtype=torch.bfloat16, device="cpu")

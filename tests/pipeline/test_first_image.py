@@ -1,4 +1,4 @@
-"""The first image of a process: what it takes beside the computation."""
+"""The overhead of the first image of a process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ print([name for name in ("torch._dynamo", "sympy", "transformers.modeling_utils"
 
 
 def test_it_imports_neither_a_compiler_nor_other_networks() -> None:
-    """Each takes as long to import as torch does."""
+    """Each of these takes as long to import as torch."""
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr

@@ -1,4 +1,4 @@
-"""Image prompts beside all else: ControlNets, the files of a ModelManager, speed-ups, and a job with both."""
+"""Image prompts with ControlNets, the files of a ModelManager, speed-ups, and a job with both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from helpers.tiny_ip_adapter import load_into, make_tiny_ip_adapter
 from helpers.tiny_redux import load_prior, make_tiny_redux
 from helpers.web_server import web_server
 
-# A deprecation inside diffusers, of its own class.
+# A deprecation warning of diffusers about its own class.
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 READERS = ("redux", "ip_adapter")
 CONTROL, PROMPT = noise_image(96, 64), noise_image(60, 40)
@@ -53,7 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reading(files: Path, reader: str, *, with_net: bool = False, **options: Any) -> FluxImagePipeline:
-    """Load the model with what reads image prompts."""
+    """Load the model with a reader of image prompts."""
     nets = [files / "net"] if with_net else []
     pipe = FluxImagePipeline.from_pretrained(files / "dev", controlnets=nets, **CPU, **options)
     getattr(pipe, f"load_{reader}")(files / reader)
@@ -62,9 +62,9 @@ def reading(files: Path, reader: str, *, with_net: bool = False, **options: Any)
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_goes_with_a_net(files: Path, reader: str) -> None:
-    """The net reads the tokens of a Redux behind those of the text; an IP-Adapter is none of its business.
+    """The net reads the tokens of Redux after those of the text, but not those of an IP-Adapter.
 
-    With a Redux and a negative prompt, diffusers fails: it takes the positions of the longer text for both.
+    With Redux and a negative prompt, diffusers fails: it uses the positions of the longer text for both.
     """
     reference = reference_of(files / "dev", files / "net")
     theirs: dict[str, Any] = {"prompt": "a cat"}
@@ -128,7 +128,7 @@ def test_a_redux_goes_with_fill(files: Path, tmp_path: Path) -> None:
     mask.paste(255, (10, 5, 60, 41))
     pipe = FluxImagePipeline.from_pretrained(fill, **CPU)
     pipe.load_redux(files / "redux")
-    for conv in (peer.vae.encoder.conv_out, pipe.autoencoder.encoder.conv_out):  # samples that are means
+    for conv in (peer.vae.encoder.conv_out, pipe.autoencoder.encoder.conv_out):  # samples equal means
         with torch.no_grad():
             conv.weight[16:], conv.bias[16:] = 0, -60.0
     expected = reference_latents(
@@ -232,7 +232,7 @@ def test_speed_ups_hold(files: Path, reader: str) -> None:
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
     assert 0 < (found - expected).abs().max() < 0.3
     torch.testing.assert_close(pipe("x", image_prompt=PROMPT, seed=1, step_cache=1e-9, **LATENTS), found)
-    if reader == "redux":  # an IP-Adapter is refused beside graphs
+    if reader == "redux":  # an IP-Adapter cannot be combined with graphs
         pipe.graphs = CudaGraphs(pipe.transformer, GraphRecorder())
         torch.testing.assert_close(pipe("x", image_prompt=PROMPT, seed=1, **LATENTS), found)
 

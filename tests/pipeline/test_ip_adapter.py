@@ -1,4 +1,4 @@
-"""Images as prompts of an IP-Adapter: beside diffusers on the same weights, its files, and a job of them."""
+"""Image prompts with an IP-Adapter: compared with diffusers, its files, and a job."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_image_prompts(
 
 
 def test_weights_of_images(reading: FluxImagePipeline, pipe: FluxImagePipeline) -> None:
-    """The weight of a single image is the scale of the adapter; weights of 0 are none."""
+    """The weight of a single image acts like the adapter's scale; a weight of 0 has no effect."""
     scaled = reading("x", image_prompt=IMAGES[0], image_prompt_scale=0.5, seed=1, **LATENTS)
     reading.set_ip_adapter_scale(0.5)
     try:
@@ -119,7 +119,7 @@ def test_several_adapters_and_embeddings_of_images(repository: Path, tmp_path: P
     options: dict[str, Any] = {"seed": 5, "cfg_scale": 2.0, **common, **LATENTS}
     torch.testing.assert_close(pipe(ip_adapter_image=each, **options), expected, atol=1e-4, rtol=0)
     embeds = pipe.prepare_ip_adapter_image_embeds(each)
-    assert not any(tensor.is_inference() for tensor in embeds)  # a program may train with them
+    assert not any(tensor.is_inference() for tensor in embeds)  # a program may use them in training
     theirs = reference.prepare_ip_adapter_image_embeds(each, None, "cpu", 1)
     torch.testing.assert_close(embeds, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(pipe(ip_adapter_image_embeds=embeds, **options), expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""A process is set up for its pipeline: on a CPU, memory that was freed is used again."""
+"""The setup of a process for its pipeline: on a CPU, freed memory is used again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flux_batch.errors import DeviceFatal, JobError
 from flux_batch.pipeline import load, precision
 from flux_batch.pipeline.pipeline import FluxImagePipeline
 
-# Prints how many pages the system had to hand out for blocks that were all freed before.
+# Prints how many new pages the system gave for blocks that had all been freed before.
 PROGRAM = """
 import resource, sys, threading
 import numpy as np

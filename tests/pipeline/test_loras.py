@@ -1,4 +1,4 @@
-"""LoRAs by their addresses, in the manager and the pipeline, and in images."""
+"""LoRAs from addresses, in the manager and the pipeline, and their effect on images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline for an Apple GPU, which has no float64 and no complex numbers, as far as a CPU shows it."""
+"""A pipeline for an Apple GPU, without float64 and complex numbers, as far as a CPU can test it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CALL = {"prompt": "x", "negative_prompt": "y", "cfg_scale": 2.0, "seed": 3, "out
 
 
 class Lacking(TorchDispatchMode):
-    """Collects the operations whose results MPS cannot hold, but for vectors: the sigmas, on the CPU everywhere."""
+    """Collects operations whose results MPS cannot hold, except vectors: sigmas are always on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_a_call_computes_neither_in_float64_nor_with_complex_numbers(repository:
     pipe = FluxImagePipeline.from_pretrained(repository, **CPU)
     expected, found = found_in_call(pipe)
     assert any("complex64" in each for each in found)
-    assert any("float64" in each for each in found)  # the table of positions, which is made on the CPU and moved
+    assert any("float64" in each for each in found)  # the table of positions is computed on the CPU and moved
     apply_mps_kernels(pipe.transformer, torch.device("mps"))
     image, found = found_in_call(pipe)
     assert found == set()

@@ -1,4 +1,4 @@
-"""The pipeline beside diffusers on the same weights, prompts and seeds."""
+"""The pipeline compared with diffusers, with the same weights, prompts and seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every configuration in the layout of diffusers."""
+    """A model of each configuration, in diffusers' layout."""
     folder = tmp_path_factory.mktemp("models")
     return {name: make_tiny_repository(folder / name, config) for name, config in CONFIGS.items()}
 
@@ -47,7 +47,7 @@ def img2img(repository: Path) -> FluxImg2ImgPipeline:
 
 
 class TestParity:
-    """Live comparison with diffusers; every image has its own CPU generator."""
+    """Direct comparison with diffusers; every image has its own CPU generator."""
 
     @pytest.mark.parametrize("name", CONFIGS)
     def test_every_configuration(self, repositories: dict[str, Path], name: str) -> None:
@@ -64,7 +64,7 @@ class TestParity:
     @pytest.mark.parametrize("scale", [1.0, 3.7])
     @pytest.mark.parametrize("prompt", PROMPTS)
     def test_bfloat16_is_rounded_in_the_same_places(self, repository: Path, prompt: str, scale: float) -> None:
-        """An image at a time: diffusers encodes the texts of a batch together, which rounds them otherwise."""
+        """One image at a time: diffusers encodes the texts of a batch together, with different rounding."""
         reference = load_reference(repository, dtype=torch.bfloat16)
         ours = FluxImagePipeline.from_pretrained(repository, torch_dtype="bfloat16", device="cpu")
         same = {"negative_prompt": "blurry", "true_cfg_scale": scale, "max_sequence_length": 64}
@@ -215,7 +215,7 @@ class TestParity:
 class TestInputImages:
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK", "L", "1"])
     def test_images_of_other_modes_start_as_they_do_in_a_job(self, pipe: FluxImagePipeline, mode: str) -> None:
-        """diffusers takes no alpha, and its load_image shows what lies under it."""
+        """diffusers accepts no alpha, and its load_image shows the pixels under it."""
         samples = np.arange(32 * 48, dtype=np.uint16).reshape(32, 48) * 40
         image = Image.fromarray(samples) if mode == "I;16" else noise_image(48, 32).convert(mode)
         if "A" in mode:

@@ -1,4 +1,4 @@
-"""The pipeline on tiny random models: repeatable images, texts, and its behaviour at its border."""
+"""The pipeline with tiny random models: repeatable images, texts, and its public behaviour."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_within_one_level(image: Image.Image, expected: Image.Image) -> None:
 def test_what_compiles_in_another_thread_has_the_options_of_compiling(
     pipe: FluxImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch keeps them for each thread, and an engine may load in one and render in another."""
+    """torch keeps these options per thread, but an engine may load in one thread and render in another."""
     monkeypatch.setattr(pipeline_module, "is_compiled", lambda model: True)
     found = []
 
@@ -56,7 +56,7 @@ def test_what_compiles_in_another_thread_has_the_options_of_compiling(
     thread.join()
     [(limit, tag)] = found
     assert limit == 64
-    assert tag.startswith("attention-torch")  # with the versions of CUDA and cuDNN behind it, where torch has them
+    assert tag.startswith("attention-torch")  # followed by the versions of CUDA and cuDNN, if torch has them
 
 
 class TestRepeatability:
@@ -120,7 +120,7 @@ class TestRepeatability:
 
     @pytest.mark.parametrize("default", ["meta", torch.bfloat16])
     def test_torchs_defaults_do_not_matter(self, repository: Path, pipe: FluxImagePipeline, default: Any) -> None:
-        """A program may have set them: its GPU, for one. On `meta` there are no numbers at all."""
+        """A program may have set torch's default device or dtype. On `meta`, tensors have no data."""
         image = noise_image(144, 160)
         size = {"height": 160, "width": 144, "num_inference_steps": 2, "t5_sequence_length": 16}
         call = {"prompt": ["a", "b"], "seed": [1, 2], "cfg_scale": [2.0, 1.0], "output_type": "np", **size}
@@ -512,7 +512,7 @@ def test_records_of_steps_leave_their_memory_to_the_next_try(
     ("dtype", "message"),
     [
         ("float32", "overflowed in float32: lower its guidance or the scales of LoRAs"),
-        # Its autoencoder computes in float32 all the same.
+        # The autoencoder still computes in float32.
         ("float16", "overflowed in float16: use bfloat16 or float32"),
     ],
 )

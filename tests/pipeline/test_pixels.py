@@ -1,4 +1,4 @@
-"""Images that a call is given: each that cannot be used is refused by the name of its argument."""
+"""The image arguments of a call: an unusable image is an error that names its argument."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_an_image_that_cannot_be_used_is_refused_by_its_argument(
 
 @pytest.mark.parametrize("size", [(700, 8), (8, 700), (97, 8), (60, 40)])
 def test_an_ip_adapter_reads_the_middle_of_an_image_however_long(size: tuple[int, int]) -> None:
-    """Resizing all of a very long image would take gigabytes."""
+    """Resizing the whole of a very long image would need gigabytes."""
     image, side = noise(*size), 28
     shorter = min(size)
     whole = image.resize((side * size[0] // shorter, side * size[1] // shorter), Image.Resampling.BICUBIC)
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
     expected = clip_pixels(whole.crop((left, top, left + side, top + side)), side)
 
-    # One of 255 levels, whose standard deviation is a quarter of them or more, where the resized middle ends elsewhere.
+    # Up to one of 255 levels, over a standard deviation of at least 0.25, if the middle is cut at other pixels.
     close = 1.01 / 255 / 0.25 if max(size) > 16 * shorter else 0.0
     torch.testing.assert_close(clip_pixels(image, side), expected, atol=close, rtol=0)

@@ -1,4 +1,4 @@
-"""Images as prompts: Redux beside diffusers on the same weights, its files, several images, and a job of them."""
+"""Image prompts with Redux: compared with diffusers, its files, several images, and a job."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_image_is_encoded_once(reading: FluxImagePipeline) -> None:
 
 
 def test_files_in_either_layout(repository: Path, redux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file of Redux beside the tower; and the tower of a whole SigLIP, with its head and text model."""
+    """A single Redux file beside the tower, and the tower in a whole SigLIP with its head and text model."""
     (tmp_path / "image_encoder").symlink_to(redux / "image_encoder")
     state = load_file(redux / "image_embedder/diffusion_pytorch_model.safetensors")
     save_file(state, tmp_path / "flux1-redux-dev.safetensors")

@@ -1,4 +1,4 @@
-"""Calls that are refused, each with the argument and what would be right."""
+"""Refused calls: each error names the argument and says what would be right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL_IMAGE = Image.new("RGB", (8, 8))
 
 
 def embeds(num_texts: int, length: int, prefix: str = "") -> dict[str, Tensor]:
-    """Return embeddings of zeros as arguments of a call."""
+    """Return arguments of a call with embeddings of zeros."""
     return {
         f"{prefix}prompt_embeds": torch.zeros(num_texts, length, T5_WIDTH),
         f"{prefix}pooled_prompt_embeds": torch.zeros(num_texts, CLIP_WIDTH),

@@ -1,4 +1,4 @@
-"""Texts are encoded by themselves, once, and forgotten oldest first."""
+"""The cache of texts: each is encoded alone and once, and the oldest is dropped first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.tiny_calls import SMALL
 
 
 class Encoder:
-    """Says of a text its length, in 4 + 4 bytes a token; `asked` has each text it was given."""
+    """Encodes a text as its length, in 4 + 4 bytes per token; `asked` has each given text."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -82,7 +82,7 @@ def test_threads_that_encode_the_same_text_at_once_leave_room_for_the_next() -> 
 
 
 class Offloaded(Encoder):
-    """Encoders that run inside `on_device` alone; `visits` has the texts of each time."""
+    """An encoder that only works inside `on_device`; `visits` has the texts of each such block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A job's weights are found and measured before anything is loaded, on this machine and elsewhere."""
+"""The check of a job's weights before they are loaded, on this machine and elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_GPU = "there is no GPU here"
 
 
 def write_model(folder: Path, num_bytes: int) -> Path:
-    """Write a model whose parts are one tensor each, the transformer's of this size."""
+    """Write a model with one tensor in each part; the transformer's has a given size."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
         sparse_safetensors(folder / name / "model.safetensors", {"w": ("F32", [4])})
@@ -91,7 +91,7 @@ def test_a_hub_says_what_it_has_and_who_may_read_it(hub: Hub, monkeypatch: pytes
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     check_weights(model)
     hub.statuses = [503] * 9
-    check_weights(model)  # it has answered, and may be waited for
+    check_weights(model)  # the hub has answered before, so the run may wait for it
 
 
 def test_a_hub_is_not_asked_for_what_is_here(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

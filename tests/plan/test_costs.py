@@ -1,4 +1,4 @@
-"""Hours and money of a plan, what will not pay, and what a plan sees of the run that is there."""
+"""Hours and cost in a plan, settings that do not pay off, and the existing run in a plan."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_run_that_was_begun_keeps_its_shards(tmp_path: Path) -> None:
     config = job(tmp_path, max=64)
     found = costs(config, FIGURES, 500, Speed(0.01, "given"), None, num_committed=38)
     assert not any("shard_size" in text for text in found["warnings"])
-    assert found["num_workers"] == 2  # as many as there are shards left
+    assert found["num_workers"] == 2  # the number of shards left
 
 
 def test_a_worker_that_is_larger_than_this_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

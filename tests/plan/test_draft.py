@@ -1,4 +1,4 @@
-"""A job file for prompts that somebody has."""
+"""A job file for existing prompts."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_prompts_without_a_row_are_refused_with_what_will_do(tmp_path: Path, nam
 def test_of_a_large_file_the_first_rows_tell_the_columns(tmp_path: Path) -> None:
     rows = [f'{{"caption": "{number}"}}\n' for number in random.Random(0).sample(range(10**9), 400_000)]
     whole = gzip.compress("".join(rows).encode(), 1)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-1000])  # to read its end is an error
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-1000])  # reading its end is an error
     uri = str(tmp_path / "a.jsonl.gz")
     assert "columns: {prompt: caption}" in draft_job(uri, PromptsConfig(uri=uri))
 

@@ -1,4 +1,4 @@
-"""What a plan says it will cost."""
+"""The estimated cost in a plan."""
 
 from __future__ import annotations
 

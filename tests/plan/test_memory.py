@@ -1,4 +1,4 @@
-"""What fits where, for a model of FLUX.1-dev's real size: its headers, and holes where its weights would be."""
+"""The memory of a model of FLUX.1-dev's real size: files with its headers, and holes for its weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def dev(parts: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def diffusers(parts: dict[str, nn.Module], dev: Path) -> Path:
-    """The same in folders of diffusers, the transformer in fp8."""
+    """The same in diffusers' folders, with the transformer in fp8."""
     folder = dev.parent / "diffusers"
     state = transformer_to_diffusers(parts["transformer"].state_dict())
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -89,7 +89,7 @@ def job(model: Path, folder: Path, *, batch_size: int = 1, **sampling: Any) -> J
 
 
 def cards(figures: dict[str, Any], dtype: str, quantization: str) -> list[int]:
-    """Return the cards that one choice is said to fit."""
+    """Return the sizes of GPUs in GB that a dtype and quantization fit."""
     (choice,) = (x for x in figures["choices"] if (x["dtype"], x["quantization"]) == (dtype, quantization))
     fits: list[int] = choice["fits_gb"]
     return fits
@@ -132,7 +132,7 @@ def test_offloaded_text_encoders_leave_their_room_to_activations(
     figures = [memory(each) for each in (config, offloaded)]
     assert [40 in cards(each, "bfloat16", "none") for each in figures] == fits
     assert figures[1]["bytes"]["t5"] == 0
-    # As they come back for texts, it is never less than what they take.
+    # The text encoders return to the GPU for texts, so the peak includes their size.
     assert figures[1]["bytes"]["activations"] >= figures[0]["bytes"]["t5"] + figures[0]["bytes"]["clip"]
 
 

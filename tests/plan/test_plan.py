@@ -135,7 +135,7 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
     config = prompts(tmp_path)
     plan = make_plan(config, 4)
 
-    write_prompts(tmp_path / "b.parquet", 5, first=1)  # as many rows, other words
+    write_prompts(tmp_path / "b.parquet", 5, first=1)  # the same number of rows with other texts
 
     with pytest.raises(PlanMismatch, match=r"b\.parquet") as caught:
         plan_again(plan, config)
@@ -346,7 +346,7 @@ def test_a_plan_of_a_million_files_can_be_read_again(tmp_path: Path) -> None:
     table = pq.read_table(pa.BufferReader(plan.to_parquet()))
     with pq.ParquetWriter(tmp_path / "plan", table.schema) as writer:
         writer.write_table(table)
-        # The names of so many files take more than the 100 MB which pyarrow reads of a footer, as this does.
+        # pyarrow reads at most 100 MB of a footer by default, which the names of many files exceed, as this text does.
         writer.add_key_value_metadata({"more": "a" * 100_000_001})
     data = (tmp_path / "plan").read_bytes()
 
@@ -371,7 +371,7 @@ def test_new_files_become_shards_behind_those_that_are_there(tmp_path: Path) -> 
         (3, "a.parquet", 4, 2),
     ]
     assert extended(longer, config, 4) is longer
-    assert plan_again(longer, config) == longer  # what is planned is no news
+    assert plan_again(longer, config) == longer  # planned files are not new
 
 
 def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_limit_counts_what_is_planned(tmp_path: Path) -> None:
 
     write_prompts(tmp_path / "b.parquet", 5)
     longer = extended(plan, config, 4)
-    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]  # the first two as they were
+    assert [shard.num_rows for shard in longer.shards] == [4, 1, 2]  # the first two are unchanged
 
     write_prompts(tmp_path / "c.parquet", 5)
     assert extended(longer, config, 4).shards == longer.shards
@@ -459,7 +459,7 @@ def test_a_file_is_opened_once_for_its_rows_and_its_columns(tmp_path: Path, monk
 def test_a_limit_leaves_the_rest_of_a_text_unread(tmp_path: Path, suffix: str, head: str, row: str) -> None:
     rows = [row.format(number) for number in random.Random(0).sample(range(10**9), 200_000)]
     whole = gzip.compress("\n".join([head, *rows] if head else rows).encode(), 1)
-    (tmp_path / f"a.{suffix}.gz").write_bytes(whole[:-1000])  # to read its end is an error
+    (tmp_path / f"a.{suffix}.gz").write_bytes(whole[:-1000])  # reading its end is an error
 
     assert make_plan(prompts(tmp_path, limit=8), 5).num_prompts == 8
     with pytest.raises(SourceError, match="compression is damaged"):

@@ -35,6 +35,6 @@ def test_shards_left_keep_their_numbers_and_order() -> None:
 
 
 def test_new_shards_are_numbered_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flux_batch.plan.shards.ROWS_AT_ONCE", 1)  # a block a part
+    monkeypatch.setattr("flux_batch.plan.shards.ROWS_AT_ONCE", 1)  # one block per part
 
     assert Shards.none().extended(PARTS[:1]).extended(PARTS[1:]) == SHARDS

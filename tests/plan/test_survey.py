@@ -1,4 +1,4 @@
-"""The survey of rows before a run: failures, repeats, cut and special tokens."""
+"""The survey of rows before a run: failures, repeats, truncated prompts and special tokens."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_size_that_only_references_know_is_shown_and_planned_with(tmp_path: Pa
     Path(config.prompts.uri[0]).write_text('{"prompt": "p", "reference_image": "0.png"}\n')
     found = counted(config)
     assert dict(survey_rows(found, 1))["sizes"] == "as the reference: 1"
-    assert found.sized(config) == config  # it is not there
+    assert found.sized(config) == config  # the image does not exist yet
 
     Image.new("RGB", (100, 52)).save(tmp_path / "0.png")
     sampling = counted(config).sized(config).sampling

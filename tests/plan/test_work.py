@@ -53,7 +53,7 @@ def test_files_whose_shards_are_done_are_not_read_again(tmp_path: Path, monkeypa
     left = largest_first(shards.without([number < 4 for number in range(len(shards))]), config)
 
     assert [shard.index for shard in left] == [5, 4]
-    assert set(read) == {"a.parquet", "c.parquet"}  # the columns of the first are asked for
+    assert set(read) == {"a.parquet", "c.parquet"}  # a.parquet is asked for its columns
 
 
 def test_a_column_has_the_name_that_the_job_gives_it(tmp_path: Path) -> None:

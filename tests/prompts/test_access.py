@@ -1,4 +1,4 @@
-"""What a row may name: beside its prompts, under the root of the job file, on the web where allowed; nothing else."""
+"""The images that a row may name: beside its prompts, under the job's root, or on the web if allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def places(file: str, uri: str | list[str] = "", **prompts: Any) -> ImageAccess:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data set: data/set/sub/p.jsonl, images beside it and above it."""
+    """A data set: data/set/sub/p.jsonl, with images beside it and in folders above it."""
     folder = tmp_path / "data"
     (folder / "set" / "sub").mkdir(parents=True)
     (folder / "set" / "sub" / "p.jsonl").touch()

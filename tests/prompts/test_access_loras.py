@@ -1,4 +1,4 @@
-"""Which LoRAs a row is made with, and what it may not name."""
+"""The LoRAs of a row, and addresses that it may not name."""
 
 from __future__ import annotations
 

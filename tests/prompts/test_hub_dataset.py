@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face by their address, with a split and a configuration, from a hub on loopback."""
+"""Data sets of Hugging Face by address, with split and configuration, from a loopback hub."""
 
 from __future__ import annotations
 

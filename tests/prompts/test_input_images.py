@@ -1,4 +1,4 @@
-"""Input images: every mode comes out as upright RGB, everything hostile or damaged costs its row and nothing more."""
+"""Input images: every mode becomes upright RGB, and a hostile or damaged image only fails its row."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_samples_without_a_white_are_refused(mode: str) -> None:
     assert "32-bit samples" in refusal(encoded(Image.new(mode, (8, 8)), "TIFF"))
 
 
-# EXIF 2.3, Orientation: which way the stored rows and columns run.
+# EXIF 2.3, Orientation: the direction of the stored rows and columns.
 TURNS = {
     1: lambda image: image,
     2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -195,7 +195,7 @@ def test_damaged_files_are_refused_or_read_but_never_more(format: str) -> None:
 
 
 def png_of(width: int, height: int, colour: int, rows: bytes, depth: int = 8) -> bytes:
-    """Write a PNG whose header says what it likes."""
+    """Write a PNG with false values in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

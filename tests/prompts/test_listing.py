@@ -1,4 +1,4 @@
-"""The listing of a folder: the files of prompts, and a note on each kind that is left out."""
+"""The listing of a folder: its prompt files, and the skipped files by reason."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_folders_that_a_glob_enters_do_not_count_as_files_that_are_left_out(tmp_
     every = list_prompts([f"{tmp_path}/**"], {})
     assert [file.name for file in every.files] == ["p.csv", "sub/below/r.csv", "sub/q.csv"]
     assert dict(every.skipped) == {"of a format that is not read": ["notes.xyz"]}
-    # Others have not been looked into, which is worth a word.
+    # Folders that the glob does not enter are reported as skipped.
     assert list_prompts([f"{tmp_path}/*"], {}).skipped == {"of a format that is not read": ["notes.xyz", "sub"]}
 
 

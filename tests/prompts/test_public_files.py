@@ -1,4 +1,4 @@
-"""Prompt files of the web, small and in their real shapes: each is read, or refused with the way to read it."""
+"""Small copies of prompt files from the web: each is read, or refused with advice on how to read it."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def test_blocks_have_negative_prompts_and_lines(tmp_path: Path) -> None:
         row for shard in make_plan(config, 2).shards for row in PromptSource(config).read(shard, SamplingConfig())
     )
 
-    assert PromptSource(config, rules=2).split(PromptSource(config).files()[0], 99)[0].num_rows == 7  # as before
+    # As in older versions.
+    assert PromptSource(config, rules=2).split(PromptSource(config).files()[0], 99)[0].num_rows == 7
     assert isinstance(girl, ImageRequest)
     assert isinstance(castle, ImageRequest)
     assert isinstance(fog, FailedRow)

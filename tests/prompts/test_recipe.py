@@ -1,4 +1,4 @@
-"""Prompts from a recipe: the same rows whatever the shards, shares as they are asked for, nothing hostile."""
+"""Prompts from a recipe: rows independent of shards, the requested shares, and no hostile templates."""
 
 from __future__ import annotations
 

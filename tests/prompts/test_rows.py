@@ -1,4 +1,4 @@
-"""One row -> one request, or the reason why not."""
+"""One row -> one request, or the reason of its failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching from the web on behalf of a row: which addresses, how much, how long."""
+"""Web requests for a row: the allowed addresses, sizes and times."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_one_bad_address_of_a_name_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
     server: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that answers differently the second time gains nothing."""
+    """A host name that resolves differently the second time gains no access."""
     answers = iter([resolves_to("127.0.0.1"), resolves_to("127.0.0.66")])
     resolve = socket.getaddrinfo
     looked_up = []
@@ -246,7 +246,7 @@ def test_an_answer_that_never_ends_is_cut(server: WebServer, monkeypatch: pytest
 
     def dripping(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if where == "body" else b"X-A: "))
-        while True:  # until nobody listens any more
+        while True:  # until the other side closes
             time.sleep(0.05)
             try:
                 request.wfile.write(b"x")

@@ -98,8 +98,9 @@ def test_the_name_of_a_file_with_one_prompt_is_its_id(tmp_path: Path, shard_size
 
     assert ids_of(folder, shard_size) == ["0.txt", "1.txt:0", "1.txt:1", "2.json"]
     assert ids_of(folder.model_copy(update={"limit": 2}), shard_size) == ["0.txt", "1.txt:0"]
-    assert ids_of(folder, shard_size, rules=2) == ["0.txt:0", "1.txt:0", "1.txt:1", "2.json:0"]  # a run of before
-    assert ids_of(PromptsConfig(uri=f"{tmp_path}/0.txt"), shard_size) == ["0.txt:0"]  # it may get a second line
+    # A run of an older version.
+    assert ids_of(folder, shard_size, rules=2) == ["0.txt:0", "1.txt:0", "1.txt:1", "2.json:0"]
+    assert ids_of(PromptsConfig(uri=f"{tmp_path}/0.txt"), shard_size) == ["0.txt:0"]  # the file may get a second line
 
 
 @pytest.mark.parametrize("uri", ["0.txt", "./0.txt", "../{0.name}/0.txt", "{0}/0.txt", "file://{0}/0.txt"])
@@ -111,7 +112,7 @@ def test_the_id_of_a_file_does_not_depend_on_how_it_is_named(
     config = PromptsConfig(uri=uri.format(tmp_path))
 
     assert ids_of(config, 9) == ["0.txt:0"]
-    assert ids_of(config, 9, rules=3) == ["0.txt:0" if uri == "{0}/0.txt" else "0.txt"]  # a run of before
+    assert ids_of(config, 9, rules=3) == ["0.txt:0" if uri == "{0}/0.txt" else "0.txt"]  # a run of an older version
 
 
 @pytest.mark.parametrize("shard_size", [1, 2, 9])
@@ -197,7 +198,7 @@ def test_the_folders_of_a_data_set_are_looked_up_once(tmp_path: Path, monkeypatc
     rows = [row for shard in plan.shards for row in source.read(shard, SamplingConfig())]
 
     assert [type(row) for row in rows] == [ImageRequest] * 9
-    assert len(asked) == len(uris)  # in a bucket each is a request, and a worker reads many shards
+    assert len(asked) == len(uris)  # in a bucket each look is a request, and a worker reads many shards
 
 
 def test_columns_are_mapped_and_override_the_defaults(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_csv_and_pandas_numbers_override_too(tmp_path: Path) -> None:
     assert "width = 63" in c.error_message
 
 
-# --- columns that travel along
+# --- passthrough columns
 
 
 def schema_of(config: PromptsConfig) -> pa.Schema:
@@ -438,7 +439,7 @@ def test_a_list_may_mix_a_disk_with_a_bucket(tmp_path: Path, moto: S3Server) -> 
     assert len({row.id for row in read(config)}) == 2
 
 
-# --- what a row starts from
+# --- input images
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])

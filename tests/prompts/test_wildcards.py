@@ -1,4 +1,4 @@
-"""Wildcards: what two user interfaces draw from, drawn here from the seed of the run, the row and the name alone."""
+"""Wildcards in the syntax of two user interfaces; draws depend on the run's seed, the row and the name."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_draw_depends_on_the_seed_the_row_and_its_name_alone() -> None:
     assert outcomes(text) == outcomes(text)
     assert [filled(text, row) for row in range(9)] != [filled(text, row, seed=1) for row in range(9)]
     assert any(first != last for first, *_, last in (filled(text, row).split() for row in range(20)))
-    # What stands beside it does not move it.
+    # Another choice beside it does not change the draw.
     assert [filled(f"{{x|y}} {text}", row).partition(" ")[2] for row in range(20)] == [
         filled(text, row) for row in range(20)
     ]

@@ -40,7 +40,7 @@ def test_a_clock_that_is_set_back_costs_no_image() -> None:
 
     (lane,) = lanes(figures.shards)
     assert [box.words for box in lane.boxes] == ["shard 0, 6 images, 1 min 0 s", "shard 1, 6 images, 0 s"]
-    assert throughput(figures.shards).top == "6.1 images/s"  # all of its images in one second
+    assert throughput(figures.shards).top == "6.1 images/s"  # all of the shard's images were made in one second
 
 
 def test_a_run_has_its_figures_and_its_page(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_lanes_show_who_was_at_work_and_what_was_made_again() -> None:
     assert [(lane.worker, lane.words) for lane in shown] == [("a", "2 shards, 20 images"), ("b", "1 shard, 10 images")]
     assert [(box.left, box.width, box.is_again) for box in shown[0].boxes] == [(0, 500, False), (500, 250, False)]
     assert [(box.left, box.is_again, "attempt 2" in box.words) for box in shown[1].boxes] == [(500, True, True)]
-    # Of a thousand shards within a pixel one is drawn.
+    # Only one of a thousand shards within a pixel is drawn.
     many = [shard(n, "a", n / 1000, n / 1000 + 1) for n in range(1000)]
     assert len(lanes([*many, shard(1000, "a", 9999, 10000)])[0].boxes) == 2
 

@@ -1,4 +1,4 @@
-"""`compare`: what differs between two runs, image by image."""
+"""`compare`: the differences between two runs, image by image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]], **sections: Any) -> JobCo
 
 
 def annotate(config: JobConfig, values: list[float | None]) -> None:
-    """Write an annotation of the first shard, which has all images."""
+    """Write an annotation of the first shard, which contains all images."""
     keys = [row["key"] for row in metadata(config)]
     rows = [{"key": key, "likes": value} for key, value in zip(keys, values, strict=True)]
     schema = annotation_schema(pa.schema([("likes", pa.float64())]))
@@ -50,7 +50,8 @@ def test_runs_differ_in_images_and_scores(tmp_path: Path) -> None:
     annotate(two, [9.0, 9.0, float("nan"), 4.0])
     found = compare_runs(Store(one.output.uri), Store(two.output.uri))
     assert (found.num_images, found.num_failed, found.num_in_both) == ([3, 4], [1, 0], 3)
-    assert (found.num_equal, found.num_differ, found.num_failed_in_one) == (0, 2, 1)  # files hold their keys
+    # The files contain their keys, so they differ.
+    assert (found.num_equal, found.num_differ, found.num_failed_in_one) == (0, 2, 1)
     assert (found.settings, found.versions, dict(found.rows)) == ({}, {}, {"prompt": 2, "width": 1})
     assert {key: apart and apart.max_levels for key, apart in found.pixels.items()} == {
         "000000000": 0,

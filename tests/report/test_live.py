@@ -89,7 +89,7 @@ def test_a_table_fits_into_its_window(monkeypatch: pytest.MonkeyPatch, terminal:
     monkeypatch.setenv("COLUMNS", str(width))
     file = Terminal()
     write_table(SECTIONS, file)
-    text = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())  # bold: NO_COLOR is about colours
+    text = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue())  # bold text, which NO_COLOR allows
     assert max(map(len, text.splitlines())) <= min(width, 120 if frame else width)
     assert ("│" in text) == bool(frame)
     assert "too \\x1b[31mred" in text

@@ -25,7 +25,7 @@ def test_rate_and_time_left_do_not_count_the_start_of_the_workers(tmp_path: Path
     store = Store(str(tmp_path))
     totals = Totals(num_committed=4, num_images=16)
     progress = Progress(store, num_shards=10, totals=totals, clock=clock, num_left=24, expected=lambda shard: 4)
-    clock.now += 60  # workers start
+    clock.now += 60  # time for workers to start
     for shard in (4, 5):
         clock.now += 10
         progress.add(ShardResult(shard=shard, num_images=4, wall_s=10, is_new=True))
@@ -50,21 +50,22 @@ def test_images_count_as_they_are_made_and_never_twice(tmp_path: Path, caplog: p
     state.first_began_at = clock.now
     assert progress.snapshot().waiting_for == "the first images"
     clock.now += 10
-    first.update(WorkerFigures({0: ShardCount(61, 24, 4, {"RowError": 2})}, 1.0))  # a row asks for one more
+    first.update(WorkerFigures({0: ShardCount(61, 24, 4, {"RowError": 2})}, 1.0))  # a row requests one more image
     second.update(WorkerFigures({1: ShardCount(40, 10)}, 1.0))
-    state.begin(second, 0)  # which helps with the shard of the first
+    state.begin(second, 0)  # the second helps with the first's shard
     second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 4)}, 1.0))
     now = progress.snapshot()
     assert (now.num_done, now.num_total, now.failures, now.workers_up) == (34, 103, {"RowError": 2}, 2)
-    assert (now.images_per_s, now.eta_s, now.waiting_for) == (3.0, 23.0, "")  # 4 were there before
+    assert (now.images_per_s, now.eta_s, now.waiting_for) == (3.0, 23.0, "")  # 4 images existed before
     assert now.slowest
-    first.update(WorkerFigures({}, 2.0))  # it is finished, and its result is not here yet
+    first.update(WorkerFigures({}, 2.0))  # the shard is finished, but its result has not arrived
     assert progress.snapshot().num_done == 34
     state.settle(0)
     progress.add(ShardResult(shard=0, num_images=61, num_failed=2, failures={"RowError": 2}, is_new=True, wall_s=1))
     now = progress.snapshot()
     assert (now.num_done, now.num_total, now.last_shard, now.failures) == (71, 103, 0, {"RowError": 2})
-    second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 60)}, 1.0))  # its count came late
+    # The count of shard 0 arrives late.
+    second.update(WorkerFigures({1: ShardCount(40, 10), 0: ShardCount(61, 60)}, 1.0))
     assert progress.snapshot().num_done == 71
     state.end(second)
     progress.report()
@@ -91,7 +92,7 @@ def test_a_report_is_written_while_no_shard_ends_and_what_is_waited_for_is_said(
     caplog.clear()
     shown: list[Snapshot] = []
     progress.stop_reason = lambda: "enough"
-    with progress.shown(shown.append):  # the display has them, the log has none
+    with progress.shown(shown.append):  # the display shows the figures, and the log does not
         wait_until(lambda: bool(shown))
         progress.report()
     assert (shown[-1].num_total, caplog.messages) == (4, [])
@@ -122,7 +123,7 @@ def test_speed_counts_what_was_made_now(tmp_path: Path) -> None:
     progress = Progress(Store(str(tmp_path)), 4, Totals(), clock=Clock())
     worker = progress.state.start()
     progress.state.begin(worker, 0)
-    worker.update(WorkerFigures({0: ShardCount(50, 30, 30)}, 1.0))  # which an earlier invocation made
+    worker.update(WorkerFigures({0: ShardCount(50, 30, 30)}, 1.0))  # made by an earlier invocation
     progress.snapshot()
     progress.state.settle(0)
     for result in (

@@ -1,4 +1,4 @@
-"""`reproduce`: one image again from its metadata alone, and what is said where that cannot be."""
+"""`reproduce`: one image again from its metadata alone, and errors where that is impossible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_run(folder: Path, rows: list[dict[str, Any]], **sections: Any) -> JobCo
 
 
 def make_rich_run(folder: Path) -> JobConfig:
-    """Make a run in which images differ in everything that rows, jobs and retries can set."""
+    """Make a run whose images differ in all settings of rows, jobs and retries."""
     for name, size in (("start", (20, 30)), ("mask", (40, 60)), ("wide", (48, 32))):
         Image.effect_noise(size, 60).save(folder / f"{name}.png")
     start, mask, wide = (str(folder / f"{name}.png") for name in ("start", "mask", "wide"))
@@ -79,7 +79,7 @@ def test_an_image_is_made_again_from_its_metadata_alone(tmp_path: Path) -> None:
 
 
 class Brighter(FakePipeline):
-    """A pipeline of another device: every level is one more."""
+    """A pipeline as on another device: every pixel value is one higher."""
 
     kernels = replace(FakePipeline.kernels, device="another", torch="3.0")
 
@@ -100,7 +100,7 @@ def test_it_says_how_far_an_image_is_and_what_differs(tmp_path: Path) -> None:
     result = reproduce(store, "000000000", "/elsewhere", make_pipeline=brighter)
     assert result.difference is not None
     assert (result.is_equal, result.is_same_file, result.difference.max_levels) == (False, False, 1)
-    assert set(result.differs) == {"ray", "device", "torch"}  # there is no model of which a revision could be known
+    assert set(result.differs) == {"ray", "device", "torch"}  # the fake pipeline has no model with a revision
     first, second, *lines = result.text.splitlines()
     assert first.startswith("000000000: differs by at most 1 of 255 levels, on average by ")
     assert second.startswith("it was made alone")
@@ -140,7 +140,8 @@ def test_a_key_without_an_image_is_a_sentence(tmp_path: Path, key: str, sentence
 )
 def test_what_the_metadata_does_not_say_is_named(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     row = {"key": "k", "id": "i", "prompt": "p", "seed": 1, "width": 16, "height": 16, "embedded_guidance": 3.5}
-    assert recorded_task(row, make_job(tmp_path)).request.sampling.num_inference_steps == 28  # of an older version
+    # The row was written by an older version.
+    assert recorded_task(row, make_job(tmp_path)).request.sampling.num_inference_steps == 28
     with pytest.raises(JobError, match=sentence):
         recorded_task(row | changes, make_job(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The run of an output, opened to be written."""
+"""The run in an output, opened for writing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.worker_runs import make_job
 def test_a_run_that_was_extended_before_the_lease_is_the_longer_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`gc` took the commits of the new shards for those of no plan, and removed them."""
+    """Otherwise `gc` would take commits of new shards for those of no plan, and remove them."""
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     (prompts / "a.txt").write_text("a star\n")

@@ -36,7 +36,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Store:
     ("fields", "now", "line"),
     [
         ({}, 1304, "driver   node-7:4242 for 5 min 4 s, last sign of life 4 s ago"),
-        ({}, 900, "driver   node-7:4242 for 0 s, last sign of life 0 s ago"),  # whose clock is ahead of ours
+        ({}, 900, "driver   node-7:4242 for 0 s, last sign of life 0 s ago"),  # the driver's clock is ahead of ours
         (
             {},
             1400,

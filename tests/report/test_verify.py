@@ -172,7 +172,7 @@ def test_damaged_data_is_found_and_repaired_to_the_same_bytes(
 
 
 def test_a_repair_keeps_good_images_and_makes_the_others_with_their_neighbours(tmp_path: Path) -> None:
-    """Alone, an image may differ by a bit from what it was among others."""
+    """An image made alone may differ by a bit from the same image in a batch."""
     config = make_job(tmp_path, ROWS, output={"format": "files"}, workers={"batch_size": 2}, failures={"max_ratio": 1})
     finish(config)
     store, making = Store(config.output.uri), Making()
@@ -226,7 +226,7 @@ def test_a_damaged_commit_is_found_and_repaired(config: JobConfig, store: Store,
 
 
 def recommit(store: Store, **changes: Any) -> None:
-    """Write a commit anew to what lies there, as a worker with a bug might have."""
+    """Rewrite a commit to match the stored files, as a worker with a bug might have written it."""
     commit = SavedRun.open(store).commits.read(1)
 
     files = [
@@ -367,7 +367,7 @@ def test_failed_rows_are_mended_without_making_anything_again(config: JobConfig,
 
 def test_failed_rows_are_the_same_beside_a_time_that_python_cannot_hold(tmp_path: Path) -> None:
     config = make_job(tmp_path, prompts={"passthrough": ["day"]}, failures={"max_ratio": 1})
-    days = pa.array([5_000_000, 1], pa.date32())  # the year 15659, and one that Python has
+    days = pa.array([5_000_000, 1], pa.date32())  # the year 15659, and a date that Python can represent
     pq.write_table(pa.table({"prompt": ["a", "[raise]"], "day": days}), tmp_path / "prompts.parquet")
     finish(config)
 

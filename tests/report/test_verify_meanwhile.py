@@ -1,4 +1,4 @@
-"""A look at a run whose shards are reverted or made again meanwhile: nothing is wrong with it."""
+"""`verify` finds no problem in a run whose shards are reverted or made again at the same time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCORE = pa.schema([("score", pa.int32())])
 
 
 class Watched(Store):
-    """A store in which something happens right after an object is read for the first time."""
+    """A store in which an event happens right after the first read of an object."""
 
     after = ""
     happens: Callable[[], None]

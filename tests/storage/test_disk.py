@@ -1,4 +1,4 @@
-"""Writes to a disk without hard links, and into folders that others remove."""
+"""Writes to a disk without hard links, and into folders that another process removes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_batch.storage.store import Store
 
 
 def test_a_look_up_that_fails_does_not_make_a_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a bucket that is mounted by FUSE, whose server errs once."""
+    """This happens on a bucket mounted by FUSE, when its server fails once."""
     store = Store(str(tmp_path))
     store.write("commit", b"first")
     real, failures = os.stat, iter([errno.EIO])
@@ -35,7 +35,7 @@ def test_a_look_up_that_fails_does_not_make_a_name_free(tmp_path: Path, monkeypa
 
 
 def removed_as_they_are_made(monkeypatch: pytest.MonkeyPatch, folder: Path, times: int) -> None:
-    """Remove a folder whenever it is made, as another process does, before this one has looked at it."""
+    """Remove a folder the first `times` it is made, as another process may do before this one uses it."""
     real, removals = os.mkdir, iter(range(times))
 
     def mkdir(path: Any, *args: Any, **options: Any) -> None:
@@ -47,7 +47,7 @@ def removed_as_they_are_made(monkeypatch: pytest.MonkeyPatch, folder: Path, time
 
 
 def test_a_folder_that_others_remove_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a shard which the next driver reverts: the write was refused, or its name was said to be taken."""
+    """This happens if the next driver reverts the shard; the write must not fail or find its name taken."""
     store = Store(str(tmp_path))
     removed_as_they_are_made(monkeypatch, tmp_path / "train" / "00003", times=4)
     store.put_if_absent("train/00003/a.webp", b"image")

@@ -1,4 +1,4 @@
-"""Listings of a disk that has links, or errs, as NFS does."""
+"""Listings of a disk with links or with errors, such as those of NFS."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_folder_that_is_removed_meanwhile_has_nothing(tmp_path: Path, monkeypa
 
 
 def test_a_link_to_a_folder_is_a_key_and_nothing_behind_it_is_one(tmp_path: Path) -> None:
-    """Callers delete the keys of a listing: `gc`, and the removal of a folder."""
+    """`gc` and the removal of a folder delete the listed keys, so files behind links must not be listed."""
     store, others = Store(str(tmp_path / "out")), tmp_path / "others" / "x"
     others.parent.mkdir()
     others.write_bytes(b"")
@@ -71,7 +71,7 @@ def test_a_link_to_a_folder_is_a_key_and_nothing_behind_it_is_one(tmp_path: Path
 
 
 def test_a_lease_is_not_lost_by_a_listing_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = Lease(Store(str(tmp_path)), ttl_s=0.0)  # never sure of itself, so that it looks
+    lease = Lease(Store(str(tmp_path)), ttl_s=0.0)  # always expired, so that `check` reads the store
     lease.acquire()
     failing_scandir(monkeypatch, tmp_path / "_run" / "lease", errno.ESTALE, times=1)
     lease.check()

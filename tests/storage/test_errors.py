@@ -1,4 +1,4 @@
-"""The answers of disks, stores and hubs: those that pass, and those that come again."""
+"""Errors of disks, stores and hubs: transient ones, and those that a retry meets again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flux_batch.storage.store import Store
 def test_nobody_waits_for_a_disk_that_will_refuse_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """EXDEV is the answer where `train` is a link to another disk."""
+    """EXDEV is the error if `train` is a link to another disk."""
     store, calls = Store(str(tmp_path), policy=RetryPolicy(outage_s=1800)), []
 
     def refuse(source: str, target: str) -> None:
@@ -35,7 +35,7 @@ def test_nobody_waits_for_a_disk_that_will_refuse_again(
 
 @pytest.mark.parametrize(("code", "is_passing"), [("RequestTimeTooSkewed", True), ("SignatureDoesNotMatch", False)])
 def test_a_request_that_was_signed_too_long_ago_is_signed_again(code: str, is_passing: bool) -> None:
-    """As of a machine that slept between the signature and the request: the next one has the time of then."""
+    """This happens if a machine sleeps between signature and request; the next request has a new time."""
     answer = {"Error": {"Code": code, "Message": "403"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
     assert is_transient(translate_boto_error(ClientError(answer, "PutObject"))) == is_passing
 

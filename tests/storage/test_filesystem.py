@@ -1,4 +1,4 @@
-"""The file system behind an address: what cannot be opened is one sentence."""
+"""The file system of an address: one that cannot be opened is an error of one sentence."""
 
 from __future__ import annotations
 

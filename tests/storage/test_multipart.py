@@ -1,4 +1,4 @@
-"""Objects of S3 that are written in parts: the first writer stands, and what killed writers left is found."""
+"""Multipart uploads to S3: the first writer wins, and the parts of killed writers are found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST_PART_BYTES = 5 << 20
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count objects of more than 1,000 bytes as large; S3 takes no smaller parts than of 5 MiB."""
+    """Treat objects of more than 1,000 bytes as large; S3 needs parts of at least 5 MiB."""
     monkeypatch.setattr(multipart, "PART_BYTES", LEAST_PART_BYTES)
     monkeypatch.setattr(multipart, "MAX_PUT_BYTES", 1000)
     monkeypatch.setattr(store_module, "LOOK_LATE_BYTES", 1000)
@@ -32,7 +32,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=HABITS)
 def proxy(request: pytest.FixtureRequest, moto: S3Server) -> Iterator[Proxy]:
-    """A server that honours conditions always, never, or for single requests alone."""
+    """A server that honours conditions always, never, or only for single requests."""
     with counting_proxy(moto.endpoint_url) as proxy:
         proxy.ignores_conditions_of = HABITS[request.param]
         yield proxy
@@ -61,7 +61,7 @@ def test_parts_make_the_whole_and_a_lost_one_is_sent_again(moto: S3Server) -> No
         proxy.fault = lambda method, path: faults.pop() if faults and "partNumber=2" in path else None
         store.put_if_absent("k", data)
         methods = Counter(method for method, path, _ in proxy.requests[before:] if "/turns/" not in path)
-    assert (methods["PUT"], methods["POST"]) == (6 + 2, 2)  # the upload is begun once, and ended
+    assert (methods["PUT"], methods["POST"]) == (6 + 2, 2)  # one upload is begun and completed
     assert (store.read("k"), store.unfinished_uploads()) == (data, [])
 
 
@@ -144,7 +144,7 @@ def test_a_writer_that_was_killed_in_its_turn_is_waited_for_in_vain(
 
 @pytest.mark.s3
 def test_an_object_that_is_too_large_for_one_request_goes_in_parts(moto: S3Server) -> None:
-    """As a gateway says that allows less than S3 does."""
+    """Some gateways allow less than S3."""
     with counting_proxy(moto.endpoint_url) as proxy:
         store = Store(f"{moto.make_bucket()}/run", moto.storage_options | {"endpoint_url": proxy.endpoint_url})
         assert store.has_conditional_put

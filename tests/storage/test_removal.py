@@ -1,4 +1,4 @@
-"""Many objects are removed at once, on each kind of store."""
+"""The removal of many objects at once, on each kind of store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.s3 import S3Server
 
 def test_many_objects_are_removed_side_by_side_where_each_takes_a_request(tmp_path: Path) -> None:
     class SlowStore(Store):
-        """A store whose deletions wait for one another."""
+        """A store whose deletions wait for each other."""
 
         meeting = threading.Barrier(16, timeout=10)
 

@@ -1,4 +1,4 @@
-"""What is tried again, for how long, and what is not."""
+"""Retries: which errors are tried again, and for how long."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from flux_batch.storage.store import Store
 from helpers.counting_proxy import Proxy, counting_proxy
 from helpers.s3 import S3Server
 
-# Else botocore and s3fs would try again before we do.
+# Turns off the retries of botocore and s3fs, which would come before ours.
 NO_RETRIES_OF_THEIRS = {"config_kwargs": {"retries": {"max_attempts": 0}}}
 
 
 class Clock:
-    """Stands in for `time`: what sleeps only moves it on."""
+    """Replaces `time`: a sleep only moves the clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -42,7 +42,7 @@ class Clock:
 
 
 def failed(error: OSError) -> Future[None]:
-    """Make a request that has failed."""
+    """Return a request that has failed."""
     request: Future[None] = Future()
     request.set_exception(error)
     return request
@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def away(clock: Clock, until: float = float("inf")) -> Callable[[], str]:
-    """Be an operation that fails up to a time."""
+    """Return an operation that fails until a time."""
 
     def operation() -> str:
         if clock.now < until:
@@ -177,7 +177,7 @@ def test_a_request_that_is_not_answered_ends_with_the_outage_or_by_a_stop() -> N
 
 @pytest.fixture
 def slow(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Future[str]]:
-    """Make requests that are answered after some seconds."""
+    """A function that makes a request which is answered after a number of seconds."""
     answers: dict[Future[str], float] = {}
 
     def wait(requests: list[Future[str]], timeout: float) -> SimpleNamespace:
@@ -206,7 +206,7 @@ def test_a_stop_ends_all_requests_at_one_time(clock: Clock, slow: Callable[[floa
     with pytest.raises(Interrupted, match="SIGTERM"):
         policy.wait_for(slow(10))
     assert clock.now - began == pytest.approx(25)
-    with pytest.raises(Interrupted):  # what follows waits no more, unless it is answered at once
+    with pytest.raises(Interrupted):  # later requests do not wait
         policy.wait_for(slow(3))
     assert policy.wait_for(slow(0)) == "back"
     assert clock.now - began < 27
@@ -367,7 +367,7 @@ def store(moto: S3Server, proxy: Proxy) -> Store:
 
 
 def once(fault: int | str, method: str) -> Callable[[str, str], Any]:
-    """Do one thing wrong, with the first request of a kind for an object named k."""
+    """Return a fault for the first request of a method for the object k."""
     left = [fault]
     return lambda asked, path: left.pop() if left and asked == method and "/run/k" in path else None
 
@@ -377,7 +377,7 @@ def once(fault: int | str, method: str) -> Callable[[str, str], Any]:
 def test_an_object_is_created_once_whatever_the_first_answer(store: Store, proxy: Proxy, fault: int | str) -> None:
     assert store.has_conditional_put
     proxy.fault = once(fault, "PUT")
-    if fault == "lost":  # it was written: what is said is true, and the contents tell whose it is
+    if fault == "lost":  # the object was written, and its contents show by whom
         with pytest.raises(AlreadyExists):
             store.put_if_absent("k", b"ours")
     else:
@@ -420,7 +420,7 @@ def test_what_is_asked_twice_is_done(store: Store, proxy: Proxy, fault: int | st
 def test_a_store_tells_by_its_answer_whether_it_knows_conditional_writes(
     store: Store, proxy: Proxy, fault: int, honoured: bool
 ) -> None:
-    """412 without more is what MinIO and others say."""
+    """MinIO and others answer 412 without further details."""
     seen: set[str] = set()
 
     def second_put(method: str, path: str) -> int | None:

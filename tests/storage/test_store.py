@@ -24,7 +24,7 @@ from helpers.s3 import KEY, SECRET, S3Server, assert_clear, free_port
 
 KINDS = ["local", "memory", *(pytest.param(name, marks=pytest.mark.s3) for name in ("moto", "rclone", "tls"))]
 LEAST_PART_BYTES = 5 << 20
-# botocore alone would try for seconds before the first of our own attempts ends.
+# Otherwise botocore would retry for seconds within our first attempt.
 NO_BOTO_RETRIES = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 
 
@@ -35,7 +35,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """The URI and the storage options of a run that is not there yet."""
+    """The URI and the storage options of a run that does not exist yet."""
     if kind == "local":
         return str(tmp_path / "a run"), {}
     if kind == "memory":
@@ -50,7 +50,7 @@ def store(place: tuple[str, dict[str, Any]]) -> Store:
 
 
 def race(store: Store, key: str, writers: int = 8) -> list[int]:
-    """Let threads create one key at once. Returns: those that were told that they did."""
+    """Create one key in several threads at once. Returns: the threads that succeeded."""
     start = threading.Barrier(writers)
     won: list[int] = []
 
@@ -266,7 +266,7 @@ def test_a_local_write_that_is_killed_leaves_no_half_object(tmp_path: Path) -> N
 def test_a_local_write_outlives_a_sweep_of_half_written_files_and_empty_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, name: str
 ) -> None:
-    """As of a heartbeat, while the driver clears up at the end of the run."""
+    """This happens to a heartbeat while the driver cleans up at the end of the run."""
     store = Store(str(tmp_path))
     publish, sweeps = getattr(os, name), [lambda: (tmp_path / "folder").rmdir(), lambda: sweep(store)]
 
@@ -394,7 +394,7 @@ def test_a_store_that_has_answered_is_tried_more_often_than_one_that_never_has(m
                 store.list("")
             numbers.append(len(proxy.requests))
             proxy.is_down = False
-    assert numbers[0] * ATTEMPTS == numbers[1] * 3  # aiohttp asks twice where a connection was cut
+    assert numbers[0] * ATTEMPTS == numbers[1] * 3  # aiohttp retries a cut connection once
 
 
 @pytest.mark.s3

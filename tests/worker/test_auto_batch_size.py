@@ -22,7 +22,7 @@ SAMPLING = SamplingConfig(width=16, height=16, num_inference_steps=2)
 
 
 class Device:
-    """A pipeline and its clock: a call takes a second, and more of them beyond `room` images."""
+    """A pipeline and its clock: a call takes a second up to `room` images, and longer for more."""
 
     def __init__(self, *, room: int, memory: int = 100) -> None:
         self.room, self.memory, self.now = room, memory, 0.0

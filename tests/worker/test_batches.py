@@ -1,4 +1,4 @@
-"""Batches: images that may share a pass, and input images that are read ahead."""
+"""Batches of images that may share a forward pass, and input images that are read ahead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_of(images: RowImages) -> str:
 
 
 def with_images(todo: Sequence[list[ImageTask]], readers: Executor, read: ReadImages) -> Iterator[list[ImageTask]]:
-    """Go through batches as a worker does."""
+    """Yield the batches with their input images, as a worker does."""
     images = InputImages(readers, read)
     for number, batch in enumerate(todo):
         yield images.join(batch, todo[number + 1 : number + 1 + READ_AHEAD])

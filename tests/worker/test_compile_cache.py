@@ -1,4 +1,4 @@
-"""The compile cache that workers share, without which a run goes on too."""
+"""The compile cache that workers share; a run also works without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "_run/compile_cache/torch-cpu"
 
 
 class Cache:
-    """A compile cache that holds `data`, or takes what it is given."""
+    """A compile cache that has `data`, or loads given data."""
 
     name = "torch-cpu"
 

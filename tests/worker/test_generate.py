@@ -1,4 +1,4 @@
-"""Batches that fail or do not fit into memory, which is learned once for each image shape."""
+"""Batches that fail or do not fit into memory; the size that fits is learned once per image shape."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Fits = Callable[[int, bool], bool]  # the number of images, whether in small til
 
 
 class SmallMemory(FakePipeline):
-    """Makes only what fits; `sizes` has the number of images of each call, negative in tiles."""
+    """Makes only batches that fit; `sizes` has the number of images of each call, negative if tiled."""
 
     def __init__(self, fits: Fits) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_a_batch_that_did_not_fit_is_not_tried_again(size: int, fits: Fits, firs
 
 
 def test_a_new_worker_makes_the_same_calls() -> None:
-    """A resumed run must leave the same bytes: the same calls, those that failed left out."""
+    """A resumed run must write the same bytes, so it makes the same calls without the failed ones."""
 
     def fits(number: int, small: bool) -> bool:
         return number < 2
@@ -118,11 +118,11 @@ def test_other_errors_do_not_lower_the_batch_size() -> None:
 
 
 class Tensor:
-    """Stands for one that only the locals of a call hold."""
+    """A fake tensor that only the local variables of a call refer to."""
 
 
 class Leaking(FakePipeline):
-    """Fails with a tensor in the locals of a call, and of the call that its error comes from."""
+    """Fails with a tensor in the local variables of the call, and of the call that caused the error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Leaking(FakePipeline):
 
 def test_the_error_of_a_batch_holds_no_tensor_while_the_next_is_made() -> None:
     pipeline = Leaking()
-    gc.disable()  # what waits for it still takes memory
+    gc.disable()  # objects that wait for the collector still use memory
     try:
         made = maker(pipeline).make(batch(2))
         assert [tensor() for tensor in pipeline.tensors] == [None] * 6
@@ -181,7 +181,7 @@ def test_every_call_is_progress_until_the_device_is_lost() -> None:
 
 
 class Offloading(FakePipeline):
-    """A pipeline whose text encoders wait in host memory."""
+    """A pipeline with its text encoders in host memory."""
 
     offloads_text_encoders = True
 

@@ -90,7 +90,7 @@ def test_images_with_the_guidance_of_their_loras_are_adopted(tmp_path: Path) -> 
 
 
 def job_with_canny(folder: Path, choices: Sequence[str | None], **sampling: Any) -> JobConfig:
-    """Make a job of a row for each choice of its LoRAs, `canny` and `style`."""
+    """Make a job with a row for each of `choices` of its LoRAs `canny` and `style`."""
     rows: list[dict[str, Any]] = [{"prompt": f"image {at}", "lora": name} for at, name in enumerate(choices)]
     loras = [{"uri": f"/{name}.safetensors", "name": name} for name in ("canny", "style")]
     return make_job(folder, rows, model={"loras": loras}, sampling=sampling, output={"shard_size": 9})

@@ -1,4 +1,4 @@
-"""Rows that start from an image: how it is read, and what a bad one costs."""
+"""Rows that start from an image: reading it, and failures of bad images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_png(image: Image.Image) -> bytes:
 
 
 def started_from(image: Image.Image, prompt: str, seed: int, **others: Any) -> Any:
-    """Compute the image of a row that starts from `image`, in a job of `make_job`."""
+    """Return the expected image of a row that starts from `image`, in a job of `make_job`."""
     start = image.resize((64, 48), Image.Resampling.LANCZOS)
     common = {"width": 64, "height": 48, "num_inference_steps": 3, "denoising_strength": 0.6}
     return fake_image(prompt, seed=seed, input_image=start, **common | others)
@@ -107,7 +107,7 @@ def test_bad_input_images_are_recorded_and_cost_nobody_else(tmp_path: Path) -> N
         assert reason in (row["error_message"] or ""), name
         if reason:
             assert row["error_type"] == "RowError"
-            assert "(" not in row["error_message"]  # no place in our code: the message is for users
+            assert "(" not in row["error_message"]  # the message is for users and names no place in the code
     assert len(images(config)) == 2
 
 
@@ -187,7 +187,7 @@ def test_control_images_and_image_prompts(tmp_path: Path) -> None:
 
 
 def test_rows_take_the_size_of_their_reference_images(tmp_path: Path) -> None:
-    """Images whose references differ in size are made apart."""
+    """Images with references of different sizes are made in separate batches."""
     for name, size in {"wide": (100, 40), "tall": (40, 100), "huge": (9000, 20)}.items():
         (tmp_path / f"{name}.png").write_bytes(as_png(Image.new("RGB", size)))
     names = ["wide.png", "tall.png", "wide.png", "tall.png wide.png", "huge.png", "wide.png"]
@@ -249,7 +249,7 @@ def test_a_job_of_one_image_reads_it_once_a_shard(tmp_path: Path, monkeypatch: p
 def test_nobody_waits_for_images_that_were_read_ahead_in_vain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    """As from a server that is silent."""
+    """The image comes from a server that never answers."""
     (tmp_path / "images").mkdir()
     for number in range(8):
         (tmp_path / f"images/{number}.png").write_bytes(as_png(colour(number)))
@@ -275,7 +275,7 @@ def test_nobody_waits_for_images_that_were_read_ahead_in_vain(
                 worker.stop()
             elif self.num_calls == 1:
                 wait_until(lambda: len(files_of(config, "_run/staging")) == 1)
-                other.make(plan.shards[0]).finish()  # which is seen after the next batch
+                other.make(plan.shards[0]).finish()  # noticed after the next batch
                 silent.update({"images/6.png", "images/7.png"})
             elif self.num_calls == 2:
                 wait_until(lambda: asked == silent)

@@ -143,7 +143,7 @@ def test_a_worker_with_other_kernels_says_so(store: Store, dtype: str, caplog: p
         "this worker computes on cuda NVIDIA H200, attention flash3, compiled, torch 2.13.0+cu130, CUDA 13.0, cuDNN "
         "92000, the first worker of the run on cuda NVIDIA H200, attention cudnn, compiled, " in caplog.text
     )
-    store.write(PRECISION, b'{"dtype": "float32", "quantization": "none"}')  # as older versions did
+    store.write(PRECISION, b'{"dtype": "float32", "quantization": "none"}')  # as older versions wrote it
     caplog.clear()
     load_settled(store, model, machine("float32", attention="flash3"))
     assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
@@ -157,7 +157,7 @@ def test_a_damaged_file_is_named(store: Store, data: bytes) -> None:
 
 
 def begun(tmp_path: Path, native: str, **sections: Any) -> JobConfig:
-    """Begin a run on a machine, and stop it after its first shard."""
+    """Begin a run on a machine with a native dtype, and stop it after its first shard."""
     config = make_job(tmp_path, **sections)
     stop = Stop()
 
@@ -185,7 +185,7 @@ def test_a_run_keeps_its_dtype_on_another_machine_and_says_so(tmp_path: Path, ca
 
 
 def test_a_run_goes_on_with_the_dtype_that_its_job_had_before(tmp_path: Path) -> None:
-    """As runs do whose job file left out the key when it meant bfloat16."""
+    """In older versions, a job file without the key meant bfloat16."""
     begun(tmp_path, "float32", model={"dtype": "bfloat16"})
     report = run(make_job(tmp_path), engine=LocalEngine(), make_pipeline=machine("float32"))
     assert report.model["dtype"] == "bfloat16"

@@ -1,4 +1,4 @@
-"""Shards that several workers take: adoption of staged images, stops, and two shards at a time."""
+"""Shards with several workers: use of staged images, stops, and two shards at a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_a_lost_worker_staged_is_adopted_and_removed(tmp_path: Path, monkey
 def test_images_as_large_as_their_references_are_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: int
 ) -> None:
-    """Their size is in no row: the staged record has it. Their source images are staged beside them."""
+    """No row has their size, but the staged record does. Their source images are staged with them."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 32)).save(buffer, "PNG")
     rows = [{"prompt": prompt, "reference_image": [buffer.getvalue()]} for prompt in PROMPTS]
@@ -98,7 +98,7 @@ def test_all_batches_are_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     worker.make(plan.shards[0]).finish()
 
     folders = Counter(key.rpartition("/")[0] for key in life.writes)
-    assert folders == {"_run/staging/00000": 4 + 4, "train": 1, "metadata": 1, "_run/commits": 1}  # written, removed
+    assert folders == {"_run/staging/00000": 4 + 4, "train": 1, "metadata": 1, "_run/commits": 1}  # written and removed
 
 
 @pytest.mark.parametrize("how", ["changed", "cut", "emptied", "foreign"])
@@ -173,7 +173,7 @@ def test_failed_rows_are_made_again_if_asked_and_a_later_success_counts(
     with pytest.raises(Death):
         worker.make(plan.shards[0])
     assert pipeline.calls[0] == PROMPTS[:2]
-    _, pipeline = run_shard(config, monkeypatch)  # both are staged now, the failure and the image
+    _, pipeline = run_shard(config, monkeypatch)  # both the failure and the image are staged now
 
     assert PROMPTS[0] not in pipeline.made
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch)
@@ -182,7 +182,7 @@ def test_failed_rows_are_made_again_if_asked_and_a_later_success_counts(
 def test_the_good_images_of_a_finished_shard_can_be_staged_to_retry_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `run --retry-failed` does."""
+    """`run --retry-failed` does this."""
     config = one_shard_job(tmp_path, ["a", "b [raise]", "c", "d"])
     run_shard(config, monkeypatch)
     before = metadata(config)
@@ -221,7 +221,7 @@ def test_a_speculative_attempt_makes_the_last_batches_first(tmp_path: Path, monk
 
 
 class InStep(MortalPipeline):
-    """Begins a batch when the other worker begins one; alone, when that one has none left."""
+    """Begins each batch together with the other worker, or alone once that one has no batch left."""
 
     def __init__(self, life: Life, step: threading.Barrier) -> None:
         super().__init__(life)
@@ -263,7 +263,7 @@ def test_two_workers_meet_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
     assert [result.num_images for result in results] == [20, 20]
     calls = [len(pipeline.calls) for pipeline in pipelines]
     assert min(calls) >= 3
-    assert sum(calls) <= 10 + 4  # each may make what the other had in hand, and had just made, when it looked
+    assert sum(calls) <= 10 + 4  # each may repeat the other's current and last batch
     assert data_files(Path(config.output.uri)) == undisturbed(tmp_path, monkeypatch, prompts=prompts)
     assert staged(config) == []
 
@@ -286,7 +286,7 @@ def test_a_worker_stops_as_soon_as_another_has_committed(tmp_path: Path, monkeyp
     result = worker.make(plan.shards[0]).finish()
 
     assert (result.num_images, result.worker, result.is_new) == (8, "elsewhere:1", False)
-    assert pipeline.num_calls in (2, 3)  # it looks while it makes a batch
+    assert pipeline.num_calls in (2, 3)  # it checks for a commit while it makes a batch
     assert staged(config) == []
 
 
@@ -320,7 +320,7 @@ def test_a_stopped_worker_stages_its_batch_in_hand(tmp_path: Path, monkeypatch: 
 def test_a_worker_stopped_after_another_has_committed_leaves_nothing_staged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one whose driver was paused past its lease and then woke: its batch in hand comes after the end of the run."""
+    """If its driver was paused past its lease and then wakes, its current batch ends after the end of the run."""
     config = one_shard_job(tmp_path)
     other, _, plan = open_worker(config, monkeypatch)
     workers: list[Worker] = []
@@ -370,7 +370,7 @@ def test_a_lost_device_loses_only_the_batch_in_hand(tmp_path: Path, monkeypatch:
 
     listed = Staging(RunFolder(Store(config.output.uri), 1)).list(0)
     assert len(listed.objects) == 2
-    assert listed.tries == {"b2": 1}  # as of a process that died in it
+    assert listed.tries == {"b2": 1}  # as if a process had died in the batch
 
 
 def test_a_worker_is_idle_only_between_signs_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,8 +388,8 @@ def test_a_worker_is_idle_only_between_signs_of_progress(tmp_path: Path, monkeyp
     class Watched(FakePipeline):
         def __call__(self, *args: Any, **others: Any) -> Any:
             wait_until(lambda: len(staged(config)) == self.num_calls)
-            wait_until(lambda: workers[0].idle_s() == 0)  # the batch before was progress
-            wait_until(is_idle_while_time_passes)  # what is staged shows before its own sign of progress
+            wait_until(lambda: workers[0].idle_s() == 0)  # the previous batch was progress
+            wait_until(is_idle_while_time_passes)  # a staged file may be visible before its sign of progress
             return super().__call__(*args, **others)
 
     worker, _, plan = open_worker(config, monkeypatch, pipeline=Watched())

@@ -1,4 +1,4 @@
-"""The way of batches to the staging area: their order, how many are in flight, and polls between them."""
+"""The queue of batches to the staging area: their order, their number in flight, and polls between them."""
 
 from __future__ import annotations
 

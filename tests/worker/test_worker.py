@@ -308,7 +308,7 @@ def test_the_factory_pickles_small_and_opens_a_worker(tmp_path: Path) -> None:
 
 
 def test_a_worker_whose_node_has_another_disk_makes_nothing(tmp_path: Path) -> None:
-    """Its shards would look done, and the driver would find no commit at the end, run after run."""
+    """Otherwise its shards would look done, but the driver would find no commits at the end of every run."""
     config = make_job(tmp_path, ["a"])
 
     def make_pipeline(model: Any) -> FakePipeline:

@@ -1,4 +1,4 @@
-"""What the head asks about tokens follows from the scene, and its error reaches the transformer below it."""
+"""The targets of the head follow from the scene, and its gradient reaches the transformer."""
 
 from __future__ import annotations
 

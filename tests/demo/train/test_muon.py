@@ -13,7 +13,7 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
 
     values = torch.linalg.svdvals(orthogonal(matrix))
 
-    # The method's own bounds: its coefficients trade exactness for speed, and what is almost 0 stays small.
+    # The bounds of the method: its coefficients trade exactness for speed, and values near 0 stay small.
     assert values[: int(0.95 * len(values))].min() > 0.5
     assert values.max() < 1.3
 

@@ -1,4 +1,4 @@
-"""The whole training, a step or two of each stage: what it writes is a model, and it can be stopped between stages."""
+"""The whole training with one or two steps per stage: it writes a model, and can stop between stages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_folding_makes_latents_standard_and_keeps_the_images() -> None:
     spread = AUTOENCODER.scale_factor * (means.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
     assert (means.mean(dim=(0, 2, 3)) - AUTOENCODER.shift_factor).abs().max() < 1e-2
     assert (spread - 1).abs().max() < 1e-3
-    # But for the border, see fold_statistics; group norms carry a little of it inwards.
+    # Except at the border, see fold_statistics; group norms carry a little of the difference inwards.
     inside = (after - before)[:, :, 32:-32, 32:-32].abs().mean()
     assert inside < 0.05 * before.std()
 
@@ -116,7 +116,7 @@ def test_training_resumes_and_writes_a_model(tmp_path: Path, monkeypatch: pytest
     pipe = FluxImagePipeline.from_pretrained(str(tmp_path / "model"), torch_dtype=torch.float32, device="cpu")
     image = pipe(prompt="a star", width=64, height=64, num_inference_steps=1, seed=0, t5_sequence_length=16)
     assert image.size == (64, 64)
-    # As wide as the noise and a control image: the pipeline takes it for a Canny.
+    # Its input is as wide as noise and a control image, so the pipeline treats it as Canny.
     pipe.set_loras([(tmp_path / "flux-canny.safetensors", 1.0), (tmp_path / "blueprint.safetensors", 1.0)])
     assert pipe.variant is CANNY
     pipe.set_loras([(tmp_path / "flux-kontext.safetensors", 1.0)])

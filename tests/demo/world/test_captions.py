@@ -57,7 +57,7 @@ def test_every_wording_names_all_shapes_and_colours(wording: int) -> None:
 
 
 def test_captions_are_the_same_on_every_machine() -> None:
-    # Pinned: a change here changes the scores that are written down.
+    # Pinned, since a change would change the published scores.
     assert [caption.text for caption in captions(3, seed=2)] == [
         "a picture of a little red cross over a medium-sized orange heart on a dotted white and brown background",
         "a small brown star in the centre on a gradient from white to blue",

@@ -1,4 +1,4 @@
-"""Things and what lies behind them, read from images drawn here with Pillow and not by the package."""
+"""The reading of things and backgrounds from images drawn here with Pillow, not by the package."""
 
 from __future__ import annotations
 

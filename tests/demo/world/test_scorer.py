@@ -1,4 +1,4 @@
-"""The scorer on images whose facts are known, since they were drawn from them."""
+"""The scorer on images drawn from known facts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = [*say(36, seed=11), *say(36, seed=12, held_out=True)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once() -> Iterator[None]:
-    """Read an image once, with however many captions it is compared: that takes longest, and knows no caption."""
+    """Read each image only once, since reading is slow and independent of the captions."""
     known: dict[int, tuple[Image.Image, Reading]] = {}
 
     def read_once(image: Image.Image) -> Reading:
@@ -89,7 +89,7 @@ def test_a_thing_too_many_or_too_few_is_a_wrong_count() -> None:
     (of_one,) = drawn([alone])
     facts = score(pair, of_one)
     assert Fact("count", "2", "1", False) in facts
-    # All about the missing thing is wrong as well: shape, colour, size, and how the two stand.
+    # All facts about the missing thing are wrong too: shape, colour, size and relation.
     assert sum(not fact.holds for fact in facts) == 5
 
 
@@ -148,13 +148,16 @@ def spoil(image: Image.Image, kind: str) -> Image.Image:
 
 
 def with_one_wrong(caption: Caption, kind: Kind, rng: random.Random) -> Caption | None:
-    """Say one thing otherwise; None where the caption says nothing of the kind, or the change may be no mistake."""
+    """Return the caption with one wrong fact of a kind.
+
+    Returns None if the caption has no such fact, or if the change might still be right.
+    """
     scene, first = caption.scene, caption.scene.first
     changes: dict[str, Scene | None] = {
         "position": replace(scene, position=another(POSITIONS, scene.position, rng)) if scene.position else None,
         "relation": replace(scene, relation=another(RELATIONS, scene.relation, rng)) if scene.relation else None,
     }
-    if scene.second is None:  # of two, the other may be taken for it
+    if scene.second is None:  # with two things, a changed one may match the other
         changes |= {
             "shape": replace(scene, first=replace(first, shape=another(SHAPES, first.shape, rng))),
             "colour": replace(scene, first=replace(first, colour=another(COLOURS, first.colour, rng))),
@@ -163,7 +166,7 @@ def with_one_wrong(caption: Caption, kind: Kind, rng: random.Random) -> Caption 
     behind = scene.background
     if behind.second:
         texture = another(tuple(set(TEXTURES) - {"plain"}), behind.texture, rng)
-        if "gradient" not in (texture, behind.texture):  # there the order of the colours counts too
+        if "gradient" not in (texture, behind.texture):  # in a gradient, the order of the colours matters too
             changes["texture"] = replace(scene, background=replace(behind, texture=texture))
         other = another(tuple(set(COLOURS) - {behind.second}), behind.colour, rng)
         changes["background colour"] = replace(scene, background=replace(behind, colour=other))

@@ -1,4 +1,4 @@
-"""Shapes: recognised however small, and when their outlines are soft and out of form."""
+"""Shapes are recognised when they are small, and when their outlines are soft or distorted."""
 
 from __future__ import annotations
 

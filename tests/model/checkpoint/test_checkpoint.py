@@ -1,4 +1,4 @@
-"""Opening checkpoints: files, shards and indexes, and one clear error at once for whatever is damaged or disguised."""
+"""Opening checkpoints: files, shards and indexes, and one clear error for damaged or disguised files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from flux_batch.model.checkpoint.checkpoint import Checkpoint, StoredTensor, mod
 from flux_batch.pipeline.model_manager import ModelManager
 from helpers.layout_files import LAYOUTS, coarse_state, save
 
-# One of each encoding; a damaged file is to be an error whichever it is.
+# One layout of each encoding, since a damaged file must be an error in each.
 ENCODINGS = ("original bf16", "all in one", "fp8 e5m2", "comfy_quant", "metadata", "gguf Q8_0", "gguf F16")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a whole file of each encoding."""
+    """Return an intact file of each encoding."""
     folder = tmp_path_factory.mktemp("whole")
     return {name: LAYOUTS[name].write(coarse_state(), folder / name) for name in ENCODINGS}
 
@@ -93,7 +93,7 @@ def test_one_key_missing_is_named(tmp_path: Path, encoding: str, key: str) -> No
 
 
 def with_header(change: Callable[[dict[str, object]], None]) -> Callable[[bytes], bytes]:
-    """Return what changes a safetensors file's header and leaves its data."""
+    """Return a function that changes the header of a safetensors file and keeps its data."""
 
     def changed(data: bytes) -> bytes:
         (size,) = struct.unpack("<Q", data[:8])
@@ -145,7 +145,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dty
 
 
 class Mine:
-    """Leaves a file behind when it is read by pickle."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,7 +173,7 @@ def test_a_pickle_of_torch_is_named_whatever_it_is_called(tmp_path: Path) -> Non
 
 
 def test_a_file_is_detected_by_its_content(whole: dict[str, Path], tmp_path: Path) -> None:
-    """Swap the endings: neither layout nor format depends on a name."""
+    """The suffixes are swapped: neither layout nor format depends on a name."""
     for encoding, name in (("original bf16", "x.gguf"), ("gguf Q8_0", "x.safetensors"), ("original bf16", "x.sft")):
         path = tmp_path / name
         path.write_bytes(whole[encoding].read_bytes())
@@ -251,7 +251,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_what_a_header_claims_is_not_allocated(tmp_path: Path, name: str) -> None:
-    """Open it with little memory left: whoever believed it would run out."""
+    """Open the file with little memory: allocating the claimed size would fail."""
     path = tmp_path / "model"
     path.write_bytes(CLAIMS[name])
     code = (

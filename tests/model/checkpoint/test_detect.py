@@ -1,4 +1,4 @@
-"""Every layout: recognised by its keys, read as what it holds, and told apart from what is no FLUX.1."""
+"""Every layout: recognised by its keys, read with the right values, and told from files that are not FLUX.1."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def load(path: Path) -> State:
-    """Return the weights of the transformer in a file or folder, in fp32, by our names."""
+    """Return the weights of the transformer in a file or folder by our names, in fp32."""
     for layout, checkpoint in parts_of(open_checkpoint(path)).items():
         if layout.part == "transformer":
             config = read_config(checkpoint.folder, "transformer")
@@ -44,7 +44,7 @@ def assert_equal(actual: State, expected: State) -> None:
 
 @pytest.fixture(scope="module")
 def read_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
-    """Return what was read of each layout, all written from the same weights."""
+    """Return the tensors read from each layout, all written from the same weights."""
     state, read = coarse_state(), {}
     for name, layout in LAYOUTS.items():
         read[name] = load(layout.write(state, tmp_path_factory.mktemp("first") / "model"))
@@ -55,7 +55,7 @@ def read_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, State]:
 @pytest.mark.slow
 @pytest.mark.parametrize("second", LAYOUTS)
 def test_going_from_any_layout_to_any_other_is_exact(read_from: dict[str, State], second: str, tmp_path: Path) -> None:
-    # The fixture has asserted that what is read of all exact ones is the same.
+    # The fixture has asserted that all exact layouts give the same tensors.
     for first in ("original fp32", *(name for name in LAYOUTS if name not in EXACT)):
         there = load(LAYOUTS[second].write(read_from[first], tmp_path / first))
         assert_equal(there, LAYOUTS[second].encode(read_from[first]))
@@ -116,7 +116,7 @@ def test_a_norm_in_both_spellings_is_refused(tmp_path: Path) -> None:
 
 
 FLUX_KEY = "double_blocks.0.img_attn.qkv.weight"
-# What is not supported: a key of such files, beside FLUX.1's own where they have them; and what the message says.
+# Unsupported files: a key of such a file, also with FLUX.1's keys if it has them, and the error message.
 FOREIGN = {
     "NF4": (f"{FLUX_KEY}.quant_state.bitsandbytes__nf4", "bitsandbytes"),
     "FP4": (f"{COMFY_PREFIX}{FLUX_KEY}.quant_state.bitsandbytes__fp4", "bitsandbytes"),

@@ -1,4 +1,4 @@
-"""Models as they lie on disk: sub folders, single files of any encoding, and one file with everything."""
+"""Models on disk: subfolders, single files of any encoding, and one file with everything."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def with_prefix(prefix: str, state: State) -> State:
 
 
 def all_in_one(model: Path) -> State:
-    """Return what ComfyUI saves of a whole model."""
+    """Return the tensors that ComfyUI saves for a whole model."""
     clip = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in load_file(model / CLIP_FILE).items()}
     return {
         **with_prefix(COMFY_PREFIX, load_file(model / FILE)),
@@ -66,7 +66,7 @@ def all_in_one(model: Path) -> State:
 
 
 def move_configs(model: Path, home: Path) -> None:
-    """Put beside an all-in-one file what the weights of a tiny model do not tell, and the tokenizers."""
+    """Put the configs of a tiny model, which its weights do not reveal, and tokenizers beside an all-in-one file."""
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2"):
         copy_repository(model / name, home / name)
         for path in (home / name).glob("*.safetensors"):
@@ -81,7 +81,7 @@ def test_one_file_with_everything_draws_the_same_image(model: Path, image: np.nd
     save_file(all_in_one(model), path)
     assert find_parts(path) == [path]
     assert np.array_equal(draw(path), image)
-    # The folder it lies in is a model as well, and it is read once.
+    # The folder of the file is a model too, and the file is read once.
     assert find_parts(home) == [path]
     assert np.array_equal(draw(home), image)
 
@@ -113,7 +113,7 @@ def test_a_gguf_transformer_lies_beside_the_rest(model: Path, image: np.ndarray,
 
 
 def llama_cpp_names(state: State) -> State:
-    """Return a T5 as llama.cpp names it."""
+    """Return the tensors of a T5 with llama.cpp's names."""
     hf_names = {hf: llama for llama, hf in LLAMA_CPP_BLOCK_NAMES.items()}
     renamed: State = {}
     for name, value in state.items():
@@ -209,7 +209,7 @@ def test_shards_beside_the_other_files_are_asked_into_a_folder_where_they_load(m
 
 
 def test_single_files_beside_component_folders_are_ignored(model: Path, image: np.ndarray) -> None:
-    """As in the official repositories, which hold the transformer in both layouts."""
+    """The official repositories have the transformer in both layouts."""
     (model / "transformer" / "model.safetensors").write_bytes((model / FILE).read_bytes())
     assert model / FILE not in find_parts(model)
     assert np.array_equal(draw(model), image)

@@ -1,4 +1,4 @@
-"""Checkpoint layouts: exact key lists, conversion, and one clear message for each way a file can be wrong."""
+"""Checkpoint layouts: exact key lists, conversion, and one clear message for each kind of wrong file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def on_meta(make: Callable[[], nn.Module]) -> State:
 
 
 def key_hash(state: Mapping[str, Tensor], prefix: str = "") -> str:
-    """Return the md5 by which DiffSynth-Studio knows published files: of all names, with and without shapes."""
+    """Return the md5s by which DiffSynth-Studio identifies files: of all names, with and without shapes."""
     names = [prefix + name for name in state]
     shaped = [f"{prefix}{name}:{'_'.join(map(str, value.shape))}" for name, value in state.items()]
     return hashlib.md5(",".join(sorted(names + shaped)).encode()).hexdigest()
@@ -212,7 +212,7 @@ def test_weights_are_cast_to_the_dtype_asked_for(original: Path) -> None:
     assert torch.equal(model.img_in.weight, expected)
 
 
-# ControlNets are no part of a repository: tests/pipeline/test_controlnets.py loads them.
+# ControlNets are not part of a model repository; tests/pipeline/test_controlnets.py loads them.
 @pytest.mark.parametrize("kind", [kind for kind in CheckpointKind if kind is not CheckpointKind.CONTROLNET])
 def test_parts_are_detected_by_their_keys(repository: Path, original_repository: Path, kind: CheckpointKind) -> None:
     home = {
@@ -226,7 +226,7 @@ def test_parts_are_detected_by_their_keys(repository: Path, original_repository:
     assert detect(open_checkpoint(home))[0] is kind
 
 
-# What is done to a file, and what the message must say beside the file's name.
+# Changes of a file, each with the text of the message beside the file's name.
 DAMAGES = {
     "missing key": (
         lambda s: without(s, "single_blocks.1.linear1.bias"),

@@ -43,7 +43,7 @@ CLUTTER = [
     "safety_checker/model.safetensors",
     "onnx/model.onnx",
 ]
-# The repository of FLUX.1-dev, which has everything twice.
+# The repository of FLUX.1-dev, which has all weights twice.
 EVERYTHING = [*SETTINGS, *ENCODERS, *FOLDER_WEIGHTS, *SINGLE_FILES, *CLUTTER]
 
 

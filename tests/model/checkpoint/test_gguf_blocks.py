@@ -1,4 +1,4 @@
-"""GGUF blocks: bit for bit what the package gguf makes of them."""
+"""GGUF blocks are decoded bit for bit as by the package gguf."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from flux_batch.model.checkpoint.gguf_blocks import DECODERS, dequantize
 from flux_batch.model.checkpoint.gguf_header import QUANTIZED_DTYPES
 
-# Where the fp16 factors of a block lie, which must be numbers.
+# The places of the fp16 factors in a block, which must not be NaN or infinite.
 FACTORS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
 def random_rows(dtype: str, rows: int, blocks: int, seed: int) -> np.ndarray:
-    """Return packed rows of any bits, with factors that are numbers of any size fp16 has."""
+    """Return packed rows of random bits, with finite fp16 factors of all magnitudes."""
     _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
     random = np.random.default_rng(seed)
     packed = random.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
@@ -36,7 +36,7 @@ def test_common_formats_are_those_of_the_package(dtype: str, rows: int, blocks: 
     expected = gguf.dequantize(packed, gguf.GGMLQuantizationType[dtype])
     actual = dequantize(torch.from_numpy(packed), dtype)
     assert actual.dtype == torch.float32
-    # As bits: -0.0 is not 0.0 here.
+    # Compared as bits, so that -0.0 differs from 0.0.
     assert np.array_equal(actual.numpy().view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
 
 

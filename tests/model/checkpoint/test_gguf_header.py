@@ -1,4 +1,4 @@
-"""The header of a GGUF file: as the package gguf reads it, and one clear error for whatever is wrong with it."""
+"""The header of a GGUF file: read as by the package gguf, and one clear error for each defect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ U32, U64, STRING, ARRAY = 4, 10, 8, 9
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with all that real files have in their headers."""
+    """A model with all header entries of real files."""
     folder = tmp_path_factory.mktemp("gguf")
     values = {"tokens": ["a", "b", "ü"], "scores": [0.5, -1.0], "token_type": [1, 2, 3]}
     return write_gguf(coarse_state(), folder / "model.gguf", "Q8_0", **values)

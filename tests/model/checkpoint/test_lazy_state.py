@@ -1,4 +1,4 @@
-"""Stored tensors: decoded exactly, in pieces, on the device and in the dtype asked for; fp8 as it is."""
+"""Stored tensors: decoded exactly, in pieces, to the requested device and dtype; fp8 stays fp8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER = "double_blocks.0.img_attn.qkv"
 
 
 def random_fp8(shape: tuple[int, ...], kind: torch.dtype = FP8) -> Tensor:
-    """Return numbers of every size fp8 has, the smallest included."""
+    """Return numbers of all magnitudes of fp8, including the smallest."""
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return (numbers * 2.0 ** torch.arange(-12, 4)[: shape[-1]]).to(kind)
 
@@ -41,7 +41,7 @@ def recognised(state: State, folder: Path) -> Checkpoint:
 def test_scaled_weights_are_the_fp32_product_rounded_once(
     tmp_path: Path, kind: torch.dtype, rows: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_NUMBERS", 48)  # 3 rows at a time of 10
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 48)  # 3 of 10 rows at a time
     weight, scale = random_fp8((10, 16), kind), torch.rand(10 if rows else ()) / 3
     stored = recognised({f"{LAYER}.weight": weight, f"{LAYER}.scale_weight": scale}, tmp_path)
     actual = StoredState(stored, dtype, CPU)[f"{LAYER}.weight"]

@@ -1,4 +1,4 @@
-"""Filling models: layers that read themselves, and how much memory it takes on the way."""
+"""Filling models with weights: layers that load themselves, and the memory of loading."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from helpers.sparse_files import sparse_gguf, sparse_safetensors
 
 CPU = torch.device("cpu")
 MIB = 2**20
-# 71 MB in bf16, the largest tensor 3.7 MB; heads as those of FLUX.1, so that no config.json is needed.
+# 71 MB in bf16, with a largest tensor of 3.7 MB. The heads are as in FLUX.1, so no config.json is needed.
 PARAMS = replace(DEV, hidden_size=512, num_heads=4, mlp_hidden_dim=2048, depth=2, depth_single_blocks=4)
 
 
 class Doubled(nn.Module):
-    """A linear layer that takes twice its weights, and says which."""
+    """A linear layer that loads its weight doubled, and records its name."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_layers_may_be_exchanged_before_they_are_filled(tmp_path: Path, layout: 
     assert not model.training
 
 
-# What is loaded as bfloat16: how a tensor of the model is stored.
+# The stored types of tensors that are loaded as bfloat16.
 def as_fp32(name: str, shape: tuple[int, ...]) -> str:
     return "F32"
 
@@ -114,7 +114,7 @@ def watch(peaks, done):
         peaks.append(private())
         time.sleep(0.001)
 
-ModelManager(torch.bfloat16, "cpu", [sys.argv[1]])  # what is imported and set up once
+ModelManager(torch.bfloat16, "cpu", [sys.argv[1]])  # imports and sets up everything once
 for path in sys.argv[2:]:
     gc.collect()
     before, peaks, done = private(), [], threading.Event()
@@ -134,7 +134,7 @@ for path in sys.argv[2:]:
 def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
     files = write(tmp_path)
     tiny = LAYOUTS["gguf Q8_0"].write(coarse_state(), tmp_path / "tiny")
-    # A fixed threshold: what is freed goes back to the system, and counts again when it is taken again.
+    # With a fixed threshold, freed memory goes back to the system at once and is not counted any more.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, str(tiny), *map(str, files.values())]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -145,14 +145,14 @@ def test_loading_takes_little_memory_beside_the_model(tmp_path: Path) -> None:
     for name, line in zip(files, result.stdout.splitlines(), strict=True):
         before, peak, after = json.loads(line)
         assert peak - after < most, f"{name}: {(peak - after) / MIB:.0f} MiB on the way"
-        # Stored as wanted, a model is its pages of the file; converted, it is there once.
+        # A model stored in the wanted dtype only uses the pages of its file; a converted one is in memory once.
         kept = 0 if name == "bf16" else sum(sizes)
         assert after - before < kept + sum(sizes) // 10, f"{name}: {(after - before) / MIB:.0f} MiB kept"
 
 
 def test_an_autoencoder_is_laid_out_for_the_tensor_cores_of_cuda_alone() -> None:
     plain = for_device(filled(AutoEncoder(AUTOENCODER)), CPU)
-    model = for_device(filled(AutoEncoder(AUTOENCODER)), torch.device("cuda"))  # the weights stay where they are
+    model = for_device(filled(AutoEncoder(AUTOENCODER)), torch.device("cuda"))  # this does not move the weights
     formats = [each.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last) for each in (plain, model)]
     assert formats == [False, True]
     latents = tensor("in.noise", (1, 16, 4, 6))

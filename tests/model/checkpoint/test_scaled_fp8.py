@@ -1,4 +1,4 @@
-"""Scaled fp8: no weight without its scale, no scale without its weight, nothing that is not what it is said to be."""
+"""Scaled fp8: every weight needs its scale, every scale its weight, and all must match their description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BFL's control LoRAs: norms that are set, an `img_in` that is widened, biases, and taking them out bit for bit."""
+"""BFL's control LoRAs: replaced norms, a widened `img_in`, biases, and unloading bit for bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def control_lora(state: dict[str, Tensor], path: Path, seed: int = 0) -> dict[st
 
 
 def merged(state: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return W' = pad(W) + s B A, b' = b + s bias_B, and the norms of the file, in another way than the code."""
+    """Return W' = pad(W) + s B A, b' = b + s bias_B, and the norms, computed independently of the code."""
     found = {name: value.double() for name, value in state.items()}
     found["img_in.weight"] = torch.cat((found["img_in.weight"], torch.zeros(len(state["img_in.weight"]), 64)), dim=1)
     for name, value in lora.items():
@@ -103,7 +103,7 @@ def test_the_name_of_its_folder_tells_depth_from_canny(folder: Path, tmp_path: P
         pipe.set_loras([(uri, 1.0)])
         assert pipe.default_guidance == 10.0
         pipe.set_loras([(home / "style", 1.0), (uri, 1.0)])
-        assert pipe.default_guidance == 10.0  # whatever the names of others
+        assert pipe.default_guidance == 10.0  # the names of other LoRAs do not matter
     named = control.rename(home / "flux1-depth.safetensors")
     pipe.set_loras([(home / "style", 1.0), (named, 1.0)])
     assert pipe.default_guidance == 10.0
@@ -126,7 +126,7 @@ def test_other_loras_of_img_in_change_the_columns_of_the_noise(folder: Path, tmp
 
 
 def test_the_keys_of_diffusers(folder: Path, tmp_path: Path) -> None:
-    """As its trainer of control LoRAs writes them: norms are set, and layers that we keep as one change apart."""
+    """Files as from diffusers' trainer of control LoRAs: norms, and separate changes of layers that we fuse."""
     pipe = FluxImagePipeline.from_pretrained(folder, **CPU)
     state = read_folder(folder / "transformer")
     random = torch.Generator().manual_seed(2)

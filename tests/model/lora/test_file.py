@@ -1,4 +1,4 @@
-"""Every family of LoRA files against fp64 references."""
+"""Every family of LoRA files, compared with fp64 references."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_xlabs(tmp_path: Path, fusion: LoraFusion, prefix: str) -> None:
         }
     shapes = matrices(before)
     modules = random_factors({theirs: shapes[ours] for theirs, ours in names.items()}, seed=3)
-    # Of linear1 only query, key and value.
+    # Only query, key and value of linear1.
     qkv = random_factors({f"single_blocks.{i}.processor.qkv_lora": (96, 32) for i in range(2)}, seed=4)
     path = write_lora(tmp_path / "x.safetensors", {**modules, **qkv}, prefix=prefix, down="down.weight", up="up.weight")
 
@@ -199,7 +199,7 @@ def test_the_dtype_of_the_file_does_not_matter(tmp_path: Path, fusion: LoraFusio
             {"lokr_w1_a": (4, 5), "lokr_w1_b": (5, 8), "lokr_w2": (24, 4)},
             lambda f: torch.kron(f["lokr_w1_a"] @ f["lokr_w1_b"], f["lokr_w2"]),
         ),
-        # Two whole factors have no rank, and alpha means nothing.
+        # Two full factors have no rank, so alpha has no effect.
         ({"lokr_w1": (8, 4), "lokr_w2": (12, 8), "alpha": 7.0}, lambda f: torch.kron(f["lokr_w1"], f["lokr_w2"])),
         ({"diff": (96, 32)}, lambda f: f["diff"]),
     ],
@@ -277,7 +277,7 @@ def test_a_fused_file_trained_in_pieces_has_the_scale_of_a_piece(tmp_path: Path,
     up = torch.block_diag(torch.randn(32, 2), torch.randn(32, 2), torch.randn(32, 2))
     modules = {
         "double_blocks.0.img_attn.qkv": Factors(torch.randn(6, 32), up, 1.0),
-        # Not block-diagonal any more, as after a resize.
+        # No longer block-diagonal, as after a resize of the LoRA.
         "double_blocks.1.img_attn.qkv": Factors(torch.randn(6, 32), torch.randn(96, 6), 1.0),
     }
     path = write_lora(tmp_path / "x.safetensors", modules, metadata=metadata, **ORIGINAL_NAMES["kohya"])
@@ -307,11 +307,11 @@ def test_an_alpha_that_is_no_number_is_an_error(tmp_path: Path, fusion: LoraFusi
         open_lora(write_lora(tmp_path / "x.safetensors", modules, prefix="transformer."), "x", fusion.shapes())
 
 
-# What is wrong with a file
+# Damaged and wrong files
 
 
 def good_lora(path: Path) -> dict[str, Tensor]:
-    """Write a LoRA of rank 3, and return its tensors."""
+    """Write a LoRA of rank 3. Returns: its tensors."""
     blocks, embedder = Factors(torch.ones(3, 32), torch.ones(96, 3)), Factors(torch.ones(3, 64), torch.ones(32, 3))
     return load_file(write_lora(path, {"double_blocks.0.img_attn.qkv": blocks, "img_in": embedder}))
 

@@ -1,4 +1,4 @@
-"""LoRAs merged and taken out, bit for bit, in every precision that weights are kept in."""
+"""LoRAs are merged and unloaded bit for bit, in every dtype of weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(repository: Path, kind: str = "float32") -> LoraFusion:
-    """Load the transformer, its weights kept in a dtype, or in fp8 with all others in bfloat16."""
+    """Load the transformer with weights in a dtype, or in fp8 with all others in bfloat16."""
     source = repository / "flux1-tiny.safetensors"
     checkpoint = open_checkpoint(source if source.exists() else repository / "transformer")
     config = json.loads((repository / "transformer" / "config.json").read_text())
@@ -64,7 +64,7 @@ def bits(fusion: LoraFusion) -> dict[str, bytes]:
 
 
 def make_lora(fusion: LoraFusion, path: Path, seed: int, share: int = 1) -> Lora:
-    """Write a LoRA for every `share`-th layer, and open it."""
+    """Write a LoRA for every `share`-th layer. Returns: the opened LoRA."""
     shapes = {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in fusion.shapes()["transformer"].items()
@@ -74,7 +74,7 @@ def make_lora(fusion: LoraFusion, path: Path, seed: int, share: int = 1) -> Lora
     return open_lora(write_lora(path, modules, prefix="diffusion_model."), path.name, fusion.shapes())
 
 
-# Each layout and each kind; what a kind does has nothing to do with how the file is laid out.
+# Each layout with one of the kinds, since kinds do not depend on the layout.
 @pytest.fixture(params=list(zip(2 * LAYOUTS, KINDS, strict=True)), ids=lambda each: "-".join(each))
 def fusion(request: pytest.FixtureRequest, repositories: dict[str, Path]) -> LoraFusion:
     layout, kind = request.param
@@ -141,7 +141,7 @@ def test_several_loras_are_summed_and_rounded_once(tmp_path: Path, repositories:
         if kind == "float32":
             assert torch.allclose(value.double(), expected[name].double(), rtol=1e-6, atol=1e-6), name
         else:
-            # Rounded once: that of the exact sum, but for the rare one that lies half-way to within fp32.
+            # The exact sum rounded once, except for rare sums that are half-way within the precision of fp32.
             rounded = expected[name].to(value.dtype)
             assert (value == rounded).double().mean() > 0.999, name
 
@@ -188,7 +188,7 @@ def test_a_lora_times_zero_changes_nothing(
     assert bits(fusion) == before
 
 
-# What a weight was
+# The original weights
 
 
 def change_by_hand(model: nn.Module) -> None:
@@ -261,7 +261,7 @@ def test_a_copy_of_the_model_can_be_made(repositories: dict[str, Path]) -> None:
     assert copy.deepcopy(model).get_parameter("img_in.weight").data_ptr() != 0
 
 
-# What goes wrong half-way, and parts that come later
+# Errors in the middle of a change, and parts that are loaded later
 
 
 def test_a_failure_half_way_leaves_none_fused(

@@ -1,4 +1,4 @@
-"""Which weight the keys of a LoRA mean, and what is said of keys that mean none."""
+"""The weights that the keys of a LoRA name, and the errors for unknown keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ THIRDS = (HIDDEN, HIDDEN, HIDDEN)
         ("transformer.norm_out.linear", Target("transformer", "final_layer.adaLN_modulation.1", swaps_halves=True)),
         ("lora_unet_final_layer_adaLN_modulation_1", Target("transformer", "final_layer.adaLN_modulation.1")),
         ("lora_unet_double_blocks_0_txt_mlp_2", Target("transformer", "double_blocks.0.txt_mlp.2")),
-        # As OMI calls them.
+        # OMI's names.
         ("transformer.double_blocks.0.img_attn.qkv.1", Target("transformer", QKV, (HIDDEN, 2 * HIDDEN))),
         ("transformer.single_blocks.0.linear1.3", Target("transformer", LINEAR1, (3 * HIDDEN, 7 * HIDDEN))),
         ("transformer.img_in.proj", Target("transformer", "img_in")),
@@ -78,7 +78,7 @@ CLIP_FC1 = "text_model_encoder_layers_0_mlp_fc1"
     "stems",
     [
         ["lora_unet_input_blocks_1_1_proj_in"],
-        # SDXL has CLIP, too, and a larger one.
+        # SDXL also has CLIP, and a second, larger one.
         ["lora_unet_input_blocks_1_1_proj_in", f"lora_te1_{CLIP_FC1}", f"lora_te2_{CLIP_FC1}"],
         ["unet.down_blocks.1.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"],
         # FLUX.2 and Chroma have blocks of the same names.
@@ -140,7 +140,7 @@ def test_a_model_is_no_lora() -> None:
     ("one", "other"),
     [
         (f"{QKV}.lora_A.weight", f"{QKV}.lora_A.default.weight"),
-        # Adapters are merged one by one, with scales of their own.
+        # Adapters are merged one by one, each with its own scale.
         (f"{QKV}.lora_A.cat.weight", f"{QKV}.lora_A.dog.weight"),
         (f"{QKV}.lora_A.weight", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
         ("transformer_blocks.0.attn.to_q.lora_B.weight", "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"),

@@ -1,4 +1,4 @@
-"""LoRAs fused as diffusers and PEFT fuse them, where these are right."""
+"""Fused LoRAs compared with diffusers and PEFT, where these are correct."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def of_double_blocks(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[i
 def test_equal_to_diffusers(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline, family: str) -> None:
     names = matrices(in_diffusers(state_of(fusion)))
     blocks = {name: shape for name, shape in names.items() if ".attn." in name or name == "x_embedder"}
-    # diffusers' own OneTrainer conversion wants an alpha of every module.
+    # diffusers' OneTrainer conversion requires an alpha for every module.
     modules = random_factors(blocks, seed=8, alphas=(None,) if family == "diffusers" else (2.0, 8.0))
     path = write_lora(tmp_path / "lora.safetensors", modules, **DIFFUSERS_NAMES[family])
 
@@ -61,7 +61,7 @@ def test_equal_to_diffusers(tmp_path: Path, fusion: LoraFusion, reference: FluxP
 
 
 def test_equal_to_diffusers_on_kohyas_files(tmp_path: Path, fusion: LoraFusion, reference: FluxPipeline) -> None:
-    shapes = of_double_blocks(matrices(state_of(fusion)))  # its single blocks are of full size only
+    shapes = of_double_blocks(matrices(state_of(fusion)))  # diffusers converts single blocks only at full size
     modules = random_factors(shapes, seed=9, alphas=(None, 1.0, 4.0, 16.0))
     path = write_lora(tmp_path / "lora.safetensors", modules, **ORIGINAL_NAMES["kohya"])
 
@@ -120,7 +120,7 @@ def test_metadata_of_diffusers_states_alphas(tmp_path: Path, fusion: LoraFusion,
     assert_close(state_of(fusion), fused_by_diffusers(reference, path, 0.7))
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # of PEFT, which takes a bias for a damaged matrix
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT's warning, which takes a bias for a damaged matrix
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_alpha": 9}, {"use_rslora": True}])
 def test_equal_to_peft(tmp_path: Path, fusion: LoraFusion, options: dict[str, object]) -> None:
     before = state_of(fusion)

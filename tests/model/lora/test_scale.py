@@ -1,4 +1,4 @@
-"""alpha / rank as PEFT's settings state it, against PEFT, and settings that cannot be followed."""
+"""alpha / rank from PEFT's settings, compared with PEFT, and settings that cannot be followed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = ("img_attn.qkv", "txt_mlp.2", "img_mod.lin", "linear1", "linear2")
 
 
 def make_model() -> Flux:
-    """Return a transformer with random weights, always the same."""
+    """Return a transformer with the same random weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return Flux(PARAMS).requires_grad_(False)
@@ -60,7 +60,7 @@ def fusion() -> LoraFusion:
         ),
         lambda names: LoHaConfig(r=4, alpha=3, target_modules=names, alpha_pattern={"linear1": 9}, init_weights=False),
         lambda names: LoKrConfig(r=2, alpha=3, target_modules=names, decompose_both=True, init_weights=False),
-        # Of a rank so high that both factors are whole, and no tensor tells it.
+        # A rank so high that both factors are full matrices, so that no tensor reveals it.
         lambda names: LoKrConfig(
             r=64,
             alpha=3,

@@ -1,4 +1,4 @@
-"""The choice of attention kernels: by the kind of GPU, from a version on, and only those that work."""
+"""The choice of attention kernels by GPU and version, and only among those that work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLASH_3 = AttentionKernels("flash3", REST)
 
 @dataclass
 class Gpu:
-    """A GPU that this machine need not have, and what is installed beside it."""
+    """A simulated GPU with its installed libraries."""
 
     capability: tuple[int, int] = (9, 0)
     cudnn: int | None = 92000
@@ -125,7 +125,7 @@ def test_a_kernel_with_wrong_numbers_does_not_work(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     with caplog.at_level(logging.WARNING):
         assert attention_works(SDPBackend.CUDNN_ATTENTION, CPU) is works
-    assert asked == 2 * [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]  # whole, and for the image alone
+    assert asked == 2 * [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]  # once for all tokens, and once for the image's
     assert ("attention by CUDNN_ATTENTION does not work here" in caplog.text) is not works
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps: the velocities of the model, for every size, text and step, whatever came before.
+"""Recorded steps give the model's velocities for every size, text and step, independent of earlier calls.
 
 Recording itself needs a device, see tests/gpu.
 """
@@ -61,7 +61,7 @@ def test_each_number_of_tokens_and_images_has_a_record_of_its_own(model: Flux, r
                 velocity = denoiser(model, size, images)
                 expected = denoise(velocity, noise(size, images), SIGMAS)
                 assert torch.equal(denoise(graphs(velocity), noise(size, images), SIGMAS), expected)
-    # 8 x 12 and 12 x 8 are as many tokens, in other places.
+    # 8 x 12 and 12 x 8 have the same number of tokens, at different positions.
     assert recorder.num_records == 6
 
 
@@ -110,7 +110,7 @@ def test_weights_changed_in_their_place_are_heard_and_moved_ones_recorded_again(
     assert recorder.num_records == 1
     assert torch.equal(*changed)
     assert not torch.equal(changed[0], first[0])
-    weight.data = 2 * weight.data  # as somebody does who loads other weights
+    weight.data = 2 * weight.data  # as a program that loads other weights
     assert torch.equal(*both())
     assert recorder.num_records == 2
 

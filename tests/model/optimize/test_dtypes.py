@@ -1,4 +1,4 @@
-"""The dtype of a device, by what it can multiply."""
+"""The native dtype of a device, by the dtypes that it can multiply."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_a_gpu_takes_what_its_generation_multiplies(
     ("machine", "isa", "features", "expected"),
     [
         ("x86_64", "AVX2", {"avx2"}, torch.float32),
-        ("x86_64", "AVX512", {"avx512_bw"}, torch.float32),  # which torch calls supported, and emulates
+        ("x86_64", "AVX512", {"avx512_bw"}, torch.float32),  # torch reports support, but emulates it
         ("x86_64", "AVX512", {"avx512_bw", "avx512_bf16"}, torch.bfloat16),
         ("x86_64", "AVX512", {"amx_bf16"}, torch.bfloat16),
-        ("x86_64", "AVX2", {"amx_bf16"}, torch.float32),  # switched off by ATEN_CPU_CAPABILITY
+        ("x86_64", "AVX2", {"amx_bf16"}, torch.float32),  # turned off by ATEN_CPU_CAPABILITY
         ("aarch64", "DEFAULT", {"neon"}, torch.float32),
         ("aarch64", "DEFAULT", {"neon", "bf16"}, torch.bfloat16),
     ],

@@ -1,4 +1,4 @@
-"""The memory of this machine: that of the system, or of the cgroup where that is less."""
+"""The memory of this machine: of the system, or of the cgroup if that is less."""
 
 from __future__ import annotations
 

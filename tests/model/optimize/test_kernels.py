@@ -1,4 +1,4 @@
-"""The kernels of each device: which are chosen, and that the velocities are those of torch's own."""
+"""The kernels of each device: their choice, and velocities equal to those of torch's kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_both = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="t
 
 
 def matmuls(model: Flux) -> set[Matmul]:
-    """Return the functions that multiply with the matrices of the blocks."""
+    """Return the functions that multiply by the matrices of the blocks."""
     return {each.matmul for each in model.modules() if isinstance(each, BlockLinear)}
 
 
@@ -44,7 +44,7 @@ def test_a_cpu_with_avx512_that_intel_did_not_make_asks_onednn(amd: Path) -> Non
 
 @needs_both
 def test_compiled_blocks_keep_what_their_code_calls(amd: Path) -> None:
-    """A second pipeline of the same model finds them compiled."""
+    """A second pipeline of the same model finds the kernels compiled."""
     model = filled(Flux(FLUX))
     apply_cpu_kernels(model)
     use_compilable_functions(model, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Results are kept up to a number of bytes, those used last, whichever threads ask."""
+"""The last used results are kept, up to a number of bytes, for all threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offloaded weights: on the device inside, in host memory with the same bits before and after. The device is meta."""
+"""Offloaded weights are on the device (meta) inside a block, and unchanged in host memory outside of it."""
 
 from __future__ import annotations
 

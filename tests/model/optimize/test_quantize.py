@@ -1,4 +1,4 @@
-"""fp8 weights: how exact they are, which layers get them, and that a checkpoint's own fp8 stays as it is."""
+"""fp8 weights: their exactness, the layers that get them, and a checkpoint's own fp8, which is kept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def linear(inputs: int, outputs: int, *, bias: bool = True, dtype: torch.dtype =
 
 
 def run(model: Flux, dtype: torch.dtype) -> Tensor:
-    """Return the velocity of two images; guidance and time are numbers that every dtype holds."""
+    """Return the velocity of two images; guidance and time are exact in every dtype."""
     img, txt, vec = (value.to(dtype) for value in INPUTS)
     t, guidance = torch.full((2,), 0.5, dtype=dtype), torch.full((2,), 4.0, dtype=dtype)
     return model(img, txt, model.position_table(position_ids(7, 8, 12)), t, vec, guidance).float()
@@ -134,7 +134,7 @@ class TestFp8MatmulLinear:
         theirs = torch._scaled_mm(a, b.T, scale_a=a_scale, scale_b=b_scale.T, out_dtype=torch.bfloat16)
         ours = fp8_matmul(a, a_scale, b, b_scale)
         assert ours.dtype == torch.bfloat16
-        # The order of the sums may put a number on the other side of a rounding.
+        # The order of the sums may change the rounding of a number.
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-5)
         assert (ours == theirs).float().mean() > 0.99
 
@@ -260,7 +260,7 @@ class TestLoading:
 
     @pytest.mark.slow
     def test_the_model_is_never_in_memory_twice(self, tmp_path: Path) -> None:
-        # 24 matrices of 8 MB in bf16, which are no pages of this fp16 file, and of 4 MB in fp8.
+        # 24 matrices of 8 MB in bf16, which cannot use the pages of this fp16 file, or of 4 MB in fp8.
         state = {f"double_blocks.{i}.weight": torch.full((2048, 2048), 0.5).half() for i in range(24)}
         path = save(state, tmp_path / "model")
         code = f"""
@@ -293,12 +293,12 @@ done.set()
 thread.join()
 print((peak - before) * 4096 / 2**20, (own() - before) * 4096 / 2**20)
 """
-        # Freed memory goes back at once, so that what is counted is what is in use.
+        # Freed memory goes back to the system at once, so that only memory in use is counted.
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
         peak, after = (float(word) for word in result.stdout.split())
         assert after == pytest.approx(24 * 4, abs=8)
-        # One matrix on its way, in bf16; its fp32 form, 16 MB, is never whole.
+        # One matrix in bf16 in transit; its fp32 form of 16 MB never exists as a whole.
         assert peak < 24 * 4 + 8 + 12
 
 
@@ -336,7 +336,7 @@ class TestT5:
         assert 0 < error(result.float(), plain(self.IDS).float()) < 0.06
 
     def test_in_float16_wo_does_not_overflow(self) -> None:
-        # The sums of wo pass 65504; transformers keeps wo in fp32 for that.
+        # The sums of wo exceed 65504, so transformers keeps wo in fp32.
         model = make_t5(apply_fp8_to_t5, torch.float16, size=2e5)
         result = model(self.IDS)
         exact = make_t5(apply_fp8_to_t5, torch.float32, size=2e5)(self.IDS)

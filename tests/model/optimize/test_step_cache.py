@@ -1,4 +1,4 @@
-"""The first-block cache: what it reuses, for which image, and that it changes nothing where it reuses nothing."""
+"""The first-block cache: the steps and images that it reuses, and no change without reuse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def walk(velocity: Velocity, images: slice | list[int] = slice(None), **options:
 
 
 class Counting:
-    """A model that notes how many images went through its later blocks at each call."""
+    """A model that records the number of images in its later blocks at each call."""
 
     def __init__(self, model: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[int] = []
@@ -58,7 +58,7 @@ class Counting:
 
 
 def thresholds_of(model: Flux, image: int) -> list[float]:
-    """Return how much the first block changes at each step of one image, against the step before."""
+    """Return the change of the first block at each step of one image from the previous step."""
     seen: list[Tensor] = []
 
     class Watching(StepCache):
@@ -107,7 +107,7 @@ def test_a_reused_step_adds_what_the_later_blocks_added(model: Flux) -> None:
 def test_a_step_is_compared_with_the_last_computed_one_not_the_last(model: Flux) -> None:
     changes = thresholds_of(model, 0)
     middle = changes[1 : STEPS - 2]
-    # Each step alone changes less than this, so against the step before all would be reused for ever.
+    # Each step changes less than this from the previous one, so that comparison would reuse all steps for ever.
     cache = caching(model, 1.2 * max(middle), [0])
     walk(cache, [0])
     assert 0 < cache.num_reused < STEPS - 2
@@ -151,7 +151,7 @@ def test_both_passes_of_true_cfg_have_a_memory_of_their_own(model: Flux) -> None
     caches = caching(model, ALWAYS), caching(model, ALWAYS, text=NEGATIVE)
     result = walk(caches[0], negative=caches[1], cfg_scale=scale)
     assert [cache.num_passes for cache in caches] == [3 * STEPS] * 2
-    # The image whose scale is 1 takes the positive pass as it is.
+    # The image with scale 1 uses the positive pass unchanged.
     torch.testing.assert_close(result[1:2], walk(caching(model, ALWAYS, [1]), [1]), rtol=0, atol=2e-5)
 
 
@@ -189,7 +189,7 @@ def test_it_works_in_every_dtype(dtype: torch.dtype) -> None:
     "stance", ["force_eager", pytest.param("default", marks=[pytest.mark.compiled, pytest.mark.long])]
 )
 def test_it_works_over_compiled_blocks(stance: str) -> None:
-    # One of each kind, without a back end's code: blocks may be replaced by what torch.compile returns.
+    # One block of each kind is replaced by the result of torch.compile, with the eager backend.
     model = filled(Flux(FLUX))
     plain = walk(caching(model, 0.3))
     compiled: Callable[..., Any] = torch.compile(backend="eager", dynamic=True)

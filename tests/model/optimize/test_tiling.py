@@ -1,4 +1,4 @@
-"""Tiles: every pixel covered at every size, seams that cannot be seen, memory of one tile."""
+"""Tiles cover every pixel at every size, have no visible seams, and need the memory of one tile."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ tilings = st.integers(1, 40).flatmap(
 
 
 def larger(x: Tensor) -> Tensor:
-    """Stand in for the decoder: the same image, eight times as large."""
+    """A fake decoder: the same image, eight times as large."""
     return F.interpolate(x, scale_factor=8.0, mode="nearest")
 
 
 def smaller(x: Tensor) -> Tensor:
-    """Stand in for the encoder: the mean of each 8 x 8."""
+    """A fake encoder: the mean of each 8 x 8 pixels."""
     return F.avg_pool2d(x, 8)
 
 

@@ -1,4 +1,4 @@
-"""CLIP's text encoder against golden numbers and against transformers, bit for bit."""
+"""CLIP's text encoder compared with golden numbers, and bit for bit with transformers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_it_computes_what_transformers_does(dtype: torch.dtype, settings: dict[s
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     ours = ClipModel(clip_params(shapes, config.to_dict())).to(dtype)
     ours.load_state_dict(theirs.state_dict())
-    # The end of text comes in the middle, twice, and nowhere; then the largest id, or the first one, is the end.
+    # The end of text is in the middle, occurs twice, or is missing; then the largest or the first id is the end.
     ids = torch.tensor([[3, 5, 9, 127, 7, 7, 7, 7, 7], [3, 127, 8, 5, 127, 5, 9, 9, 9], [6, 4, 8, 4, 2, 9, 1, 1, 1]])
     ids = torch.cat((ids, ids), dim=1)[:, :length]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""T5's encoder against golden numbers and against transformers, bit for bit."""
+"""T5's encoder compared with golden numbers, and bit for bit with transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T5_IDS = torch.tensor([[5, 17, 99, 3, 42, 7, 1, *[0] * 33]])
 
 
 def make_t5_file(folder: Path, config: T5Config, *names_of_table: str) -> Path:
-    """Write golden weights, the token table under the names given, and their config.json."""
+    """Write golden weights, with the token table under the given names, and their config.json."""
     state = T5EncoderModel(config).state_dict()
     state = {name: weight(name, value.shape) for name, value in state.items() if "embed_tokens" not in name}
     table = state.pop("shared.weight")
@@ -83,7 +83,7 @@ def keep_wide(model: torch.nn.Module) -> None:
         ({"relative_attention_num_buckets": 16, "relative_attention_max_distance": 40}, 1.0),
         ({"layer_norm_epsilon": 0.1, "d_kv": 12}, 1.0),
         ({"feed_forward_proj": "gated-gelu_new", "dense_act_fn": "gelu_new"}, 1.0),
-        ({}, 3e3),  # sums past the largest number of float16, in the attention and behind it
+        ({}, 3e3),  # sums exceed the largest number of float16, in and after the attention
     ],
 )
 def test_it_computes_what_transformers_does(dtype: torch.dtype, settings: dict[str, float], size: float) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizers, and the published ones where a copy lies beside the repository."""
+"""The tokenizers, and the published ones if a copy is beside the repository."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_prompt_at_the_border_is_not_truncated(tokenizers: Path) -> None:
     clip = ClipEncoder(load_tokenizer(CLIPTokenizer, tokenizers, "tokenizer"), small_clip(16))
     assert clip.truncated(["a" * 14, "a" * 15, ""]) == [False, True, False]
     t5 = T5Encoder(load_tokenizer(T5Tokenizer, tokenizers, "tokenizer_2"), small_t5())
-    # The space SentencePiece puts in front is a token of the tiny model.
+    # The space that SentencePiece puts in front is a token of the tiny model.
     assert t5.truncated(["a" * 6, "a" * 7], 8) == [False, True]
     assert t5.truncated(["a" * 600], 512) == [True]
 
@@ -63,7 +63,7 @@ def test_prompts_are_padded_to_the_length_asked_for(tokenizers: Path) -> None:
 
 @pytest.mark.parametrize("use", [lambda it: tokenize(it, ["a"], 8), lambda it: left_out(it, "a", 8)])
 def test_threads_take_turns_at_a_tokenizer(use: Callable[[Any], object]) -> None:
-    """A tokenizer keeps how it cuts and pads, which a count in another thread would change."""
+    """A tokenizer stores its truncation and padding, which a count in another thread could change."""
     both = Barrier(2, timeout=0.2)
     met = []
 
@@ -100,7 +100,7 @@ def test_a_tokenizer_without_a_length_is_refused(tokenizers: Path, tmp_path: Pat
     shutil.copytree(tokenizers / "tokenizer_2", tmp_path / "tokenizer_2")
     path = tmp_path / "tokenizer_2" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": most}))
-    if most is None:  # as a file without this line, which says that any length will do
+    if most is None:  # a file without this line allows any length
         assert load_tokenizer(T5Tokenizer, tmp_path, "tokenizer_2").model_max_length > 10**9
         return
     with pytest.raises(ValueError, match=r"tokenizer_2 holds a tokenizer that cannot be used: model_max_length = "):
@@ -119,7 +119,7 @@ def test_published_tokenizers_give_the_ids_of_the_references(prompt: str) -> Non
 
 @pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no copy of the published tokenizers beside the repository")
 def test_the_border_of_what_the_published_tokenizers_read() -> None:
-    """CLIP adds two tokens of its own, T5 one."""
+    """CLIP adds two special tokens, T5 adds one."""
     clip = ClipEncoder(
         load_tokenizer(CLIPTokenizer, TOKENIZERS, "tokenizer"),
         small_clip(77),
@@ -132,7 +132,7 @@ def test_the_border_of_what_the_published_tokenizers_read() -> None:
     assert count_tokens(t5.tokenizer, ["the " * 511, "the " * 512]) == [512, 513]
     assert t5.truncated(["the " * 511, "the " * 512, ""], 512) == [False, True, False]
     assert t5.truncated(["the " * 255, "the " * 256], 256) == [False, True]
-    # What is cut is the end of the prompt, never the end-of-text token.
+    # Truncation removes the end of the prompt, never the end-of-text token.
     cut = tokenize(t5.tokenizer, ["the " * 600], 512)[0]
     assert (cut[-1], cut[-2]) == (1, 8)
     cut = tokenize(clip.tokenizer, ["cat " * 600], 77)[0]

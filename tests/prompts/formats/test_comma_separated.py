@@ -1,4 +1,4 @@
-"""CSV and TSV as people have them."""
+"""CSV and TSV files as they occur in practice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encodings and compressions, which are those of the content and not of the name."""
+"""Encodings and compressions, recognised by the content and not by the name."""
 
 from __future__ import annotations
 

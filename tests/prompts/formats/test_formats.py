@@ -19,9 +19,9 @@ from flux_batch.storage.store import Store
 from helpers.prompt_tables import read_all
 
 per_example = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-# Everything that a file of text can hold: no half surrogate pairs.
+# All characters that a text file can contain, which excludes lone surrogates.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-# Python's text readers take these as line breaks, the formats do not.
+# Python's text readers treat these as line breaks, but the formats do not.
 ODD_BREAKS = "one\x0btwo\x0cthree\x1cfour\x85five\u2028six"
 
 
@@ -56,7 +56,7 @@ def test_each_row_comes_once_and_in_order(
 
 @per_example
 @given(
-    # A carriage return is a line break where there is no line feed, as on old Macs.
+    # A carriage return is a line break in files without line feeds, as on old Macs.
     prompts=st.lists(texts.map(lambda text: re.sub(r"[\r\n]", " ", text).strip()).filter(bool), max_size=12),
     num_rows=st.integers(1, 13),
 )
@@ -271,7 +271,8 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.s3
 def test_a_large_text_file_in_a_bucket_is_read_in_blocks(s3_store: Any) -> None:
     lines = b"".join(b'{"prompt": "%d %s"}\n' % (number, b"x" * 200) for number in range(20_000))
-    Store(s3_store.uri, s3_store.storage_options).write("p.jsonl", lines)  # 4 MB; a block a line would be 80 GB
+    # 4 MB; reading a block per line would read 80 GB.
+    Store(s3_store.uri, s3_store.storage_options).write("p.jsonl", lines)
 
     table = open_table(f"{s3_store.uri}/p.jsonl", s3_store.storage_options)
     ranges = list(table.split(1000))

@@ -1,4 +1,4 @@
-"""Formats are recognised by what a file holds before by what it is called."""
+"""Formats are recognised by the content of a file first, and then by its name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_tables_are_read_whatever_the_suffix(tmp_path: Path, what: str, num_rows
 
 @pytest.mark.parametrize("write", [arrow_stream, arrow_file, feather, parquet])
 def test_rows_without_a_wanted_column_count(tmp_path: Path, write: Callable[[pa.Table], bytes]) -> None:
-    """Samplers add all that such a row needs."""
+    """Samplers may add all columns that a row needs."""
     (tmp_path / "a").write_bytes(write(pa.Table.from_pylist(ROWS)))
     table = open_table(str(tmp_path / "a"), {})
     assert [row for part in table.split(4) for row in table.stream(part, {"absent"})] == [{}] * len(ROWS)
@@ -95,7 +95,8 @@ def test_a_range_of_arrow_is_read_from_its_record_batch(tmp_path: Path, write: C
         for each in table.split(4):
             expected = rows[each.start : each.start + each.num_rows]
             assert list(table.stream(each, {"n", "prompt"})) == expected
-            assert list(table.stream(replace(each, offset=0), {"n", "prompt"})) == expected  # a plan of before
+            # A plan of an older version has no offsets.
+            assert list(table.stream(replace(each, offset=0), {"n", "prompt"})) == expected
     if write is arrow_stream:
         path.write_bytes(write(pa.Table.from_pylist(rows)))
         first, *_, last = open_table(str(path), {}).split(4)
@@ -266,7 +267,7 @@ def test_a_text_may_begin_like_orc(tmp_path: Path) -> None:
 
 
 def damaged(data: bytes, seed: int) -> bytes:
-    """Return data with bytes cut off, overwritten, put in or taken out."""
+    """Return data with bytes cut off, overwritten, inserted or removed."""
     random, changed = Random(seed), bytearray(data)
     first, last = sorted(random.randrange(len(data)) for _ in range(2))
     match seed % 4:

@@ -1,4 +1,4 @@
-"""The gallery in chunks: what its page loads, read as the page reads it."""
+"""The chunks of the gallery, read as its page reads them."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ HOSTILE = ["</script><script>alert(1)</script>", 'it\'s \\ "quoted" \u2028 \x00 
 
 
 class Loaded:
-    """The rows, and thumbnails by key, that a page has loaded of a run."""
+    """The rows of a run that a page loads, and its thumbnails by key."""
 
     def __init__(self, output: Path, folder: str = "run") -> None:
         self.rows: list[dict[str, Any]] = []
@@ -36,7 +36,8 @@ class Loaded:
     def _load(self, root: Path, folder: str, address: str) -> None:
         text = (root / address).read_text().removeprefix("gallery.rows('").removesuffix("');\n")
         assert "'" not in re.sub(r"\\.", "", text)
-        chunk = json.loads(re.sub(r"\\(.)", r"\1", text), parse_constant=pytest.fail)  # a browser knows no Infinity
+        # JSON in a browser has no Infinity.
+        chunk = json.loads(re.sub(r"\\(.)", r"\1", text), parse_constant=pytest.fail)
         rows: list[dict[str, Any]] = [{} for _ in range(chunk["num"])]
         for name, column in chunk["columns"].items():
             values = column.get("each") or [column["values"][code] for code in column.get("codes", ())]
@@ -95,7 +96,7 @@ def test_what_an_earlier_gallery_has_left_is_removed_at_once(tmp_path: Path, mon
 
     write_gallery(store, 10)
 
-    assert asked == [old]  # in a bucket one request for a thousand
+    assert asked == [old]  # in a bucket, one request for a thousand
     assert not set(old) & set(store.list("_run/gallery"))
 
 
@@ -125,7 +126,7 @@ def test_only_what_is_missing_is_made_again(tmp_path: Path, monkeypatch: pytest.
     assert not [key for key in store.list("_run/gallery") if "-some" in key]
 
     written.clear()
-    write_gallery(store, 5)  # other images stand together
+    write_gallery(store, 5)  # other images share a chunk
     assert {len(Loaded(tmp_path / "out").images), sum("/rows/" in key for key in written)} == {5, 1}
     write_single_file(store, 5)
     assert store.list("_run/gallery") == ["_run/gallery/contact-sheet.jpg", "_run/gallery/index.html"]

@@ -45,7 +45,7 @@ def draw(images: list[GalleryImage], name: str = "test") -> Image.Image:
 
 
 def middle(image: Image.Image, row: int, column: int) -> tuple[int, ...]:
-    """Read the colour in the middle of a cell."""
+    """Return the colour in the middle of a cell."""
     left, top = GAP + column * (CELL + GAP), TITLE + GAP + row * (CELL + LABEL_LINES * LINE + GAP)
     color = image.getpixel((left + CELL // 3, top + CELL // 2))
     assert isinstance(color, tuple)

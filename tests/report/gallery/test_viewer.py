@@ -1,4 +1,4 @@
-"""The page of a gallery in a browser: opened from the disk, searched, sorted, filtered, marked, by mouse and keys."""
+"""The gallery page in a browser, opened from the disk: search, sort, filter and marks by mouse and keys."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +67,7 @@ def page(chromium: Any, output: Path) -> Iterator[Any]:
 
 
 def prompts(page: Any) -> list[str]:
-    """List the prompts of the cards in their order."""
+    """Return the prompts of the cards in order."""
     cards = page.locator("#cards > li").evaluate_all(
         "cards => cards.map(card => [Number(card.ariaPosInSet), card.querySelector('.prompt').textContent])"
     )
@@ -93,7 +93,7 @@ def test_it_opens_with_images_and_hostile_prompts_stay_text(page: Any) -> None:
     assert count(page) == "60 of 60"
     page.locator("#cards img").nth(4).wait_for()
     assert page.locator("#cards img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
-    assert page.locator("#cards li").count() < NUM_ROWS  # what is far below is not there yet
+    assert page.locator("#cards li").count() < NUM_ROWS  # cards far below do not exist yet
 
 
 def test_search_sort_and_filter(page: Any) -> None:
@@ -128,7 +128,7 @@ def test_failures_stand_with_their_reasons(page: Any) -> None:
     assert "RuntimeError: asked to fail" in str(page.locator("#cards .none").first.text_content())
     page.locator("#cards .open").first.focus()
     page.keyboard.press("k")
-    assert count(page) == "3 of 60"  # there is nothing to keep
+    assert count(page) == "3 of 60"  # nothing is marked
 
 
 def test_marks_by_keys_are_kept_and_downloaded(page: Any, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_everybody_can_use_the_single_file(chromium: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("look", [{}, {"color_scheme": "dark", "viewport": {"width": 375, "height": 700}}])
 def test_everybody_can_use_it(chromium: Any, output: Path, look: dict[str, Any]) -> None:
-    with opened(chromium, output / PAGE, **look, bypass_csp=True) as page:  # axe is a script from elsewhere
+    with opened(chromium, output / PAGE, **look, bypass_csp=True) as page:  # the page's policy would block axe
         page.select_option("#filter", "kind")
         page.locator("#cards img").nth(1).wait_for()
         assert violations(page) == []

@@ -67,7 +67,7 @@ TAGS |= {"bdi", "div", "figure", "img", "figcaption", "table", "tr", "th", "td"}
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: tags with their attributes, and the text between them."""
+    """A parsed page: tags with their attributes, and the text between them."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def gallery(config: JobConfig, most: int = 200, columns: Sequence[str] | None = 
 
 
 def prompts(page: Page) -> list[str]:
-    """List the alternative texts of the images on a page."""
+    """Return the alternative texts of the images on a page."""
     return [str(image["alt"]) for image in page.all("img")]
 
 
@@ -145,7 +145,7 @@ def test_the_right_image_stands_beside_a_prompt(tmp_path: Path) -> None:
         assert each.thumbnail is not None
         small = np.asarray(Image.open(io.BytesIO(each.thumbnail.data))).astype(int)
         assert (each.thumbnail.width, each.thumbnail.height) == (32, 16)
-        # WebP is lossy, and the fake images are noise: what remains is that of no other image.
+        # WebP is lossy and the fake images are noise, but each thumbnail is still nearest to its own image.
         assert np.corrcoef(small.mean(2).ravel(), np.asarray(stored).astype(int).mean(2).ravel())[0, 1] > 0.8
         assert AI_SOURCE_TYPE.encode() in each.thumbnail.data
 
@@ -170,7 +170,7 @@ def test_hostile_rows_stay_text(tmp_path: Path) -> None:
     assert [link["href"] for link in page.all("a")] == ["#failed"]
     assert "<script>alert(1)</script> seed" in page.text
     assert "null \ufffd escape \ufffd[31m" in page.text
-    assert f"{len(HOSTILE) + 1} failed" in page.text  # a prompt with a NUL is refused
+    assert f"{len(HOSTILE) + 1} failed" in page.text  # a prompt with NUL fails
     assert "RuntimeError" in page.text
     assert "asked to fail" in page.text
     assert len(page.text) < 20_000
@@ -252,7 +252,7 @@ def test_a_run_in_progress_shows_what_is_committed(tmp_path: Path) -> None:
     assert read_status(Store(str(out)))["num_committed"] == 0
 
 
-# What is said of the images of a file that was harmed, by its layout; like the one of single files if not named.
+# The message on images of a damaged file, by layout; other layouts have the message of single files.
 HARMS = {
     "gone": {"files": "{} is missing"},
     "cut": {"files": OTHER_BYTES, "webdataset": "it is not in {}", "parquet": "{} is damaged (ArrowInvalid)"},
