@@ -12,10 +12,8 @@ APT := apt-get -qq -o Dir::State::Lists=$(CURDIR)/$(UNPACKED)/lists -o Dir::Cach
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # Several test processes share the cores, so each computes in one thread: more threads than cores mostly wait.
 # The empty PYTHONDONTWRITEBYTECODE lets the processes share compiled bytecode, even in containers that forbid it.
-# PROCESSES exceeds the cores of an ordinary machine, since tests often wait. The quick tests wait little, so they use
-# fewer: each further process must import everything again.
-PROCESSES ?= 4
-FAST_PROCESSES := 3
+# PROCESSES exceeds the cores of an ordinary machine, since tests often wait; but each process imports everything again.
+PROCESSES ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help demo test test-fast test-more test-avx2 test-long test-gpu tools browser chaos lint fix pages docs constraints release-check clean
@@ -47,7 +45,7 @@ test: $(VENV)/dev.stamp ## run all tests but the longest
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/dev.stamp ## run the quick tests: no processes, servers, compilers or large models
-	$(PYTEST) -n $(FAST_PROCESSES) --dist loadfile -m "not slow"
+	$(PYTEST) -n $(PROCESSES) --dist loadfile -m "not slow"
 
 test-more: $(VENV)/dev.stamp ## run the tests that `make test` leaves to CI: clusters of several nodes, torch.compile
 	$(PYTEST) -n $(PROCESSES) --dist loadfile -m "(nodes or compiled) and not long"
