@@ -46,8 +46,8 @@ SLOW_FOLDERS = frozenset(
     {"bench", "chaos", "cluster", "dataset", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"}
 )
 SLOW_MARKS = ("ray", "s3", "browser", "compiled", "gpu", "long")
-# The longest files, in the order in which they begin: on two cores two of those that compute run beside one of those that
-# wait for Ray, servers or other processes. Begun last, a long file would keep one core busy at the end.
+# The longest files, in the order in which they begin: on two cores, two that compute run beside one that waits for Ray,
+# servers or other processes. A long file that began last would keep one core busy at the end.
 LONGEST = [
     "jobs/test_submit.py",
     "model/optimize/test_compile.py",
