@@ -215,10 +215,10 @@ def test_a_wrong_option_says_what_would_be_right(
         (None, "job.yaml: there is no such job file; `flux-batch init` writes one"),
         (
             "prompt,seed\na fox,1\n",
-            "is no job file, which has the sections prompts, output and model; `flux-batch init`",
+            "is not a job file with the sections prompts, output and model; `flux-batch init`",
         ),
         ("prompts: [", "not valid YAML"),
-        ("- a list", "is no job file"),
+        ("- a list", "is not a job file"),
         ("promts: {uri: x}\noutput: {uri: y}\nmodel: {uri: demo}", "unknown key; did you mean 'prompts'?"),
         ("prompts: {uri: x}\noutput: {uri: y}", "model: missing"),
         (

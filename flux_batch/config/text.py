@@ -152,7 +152,7 @@ def read_tree(text: str, origin: str, overrides: Iterable[str] = ()) -> dict[str
     tree = load_yaml(text, origin)
     if not isinstance(tree, dict):
         raise JobError(
-            f"{origin}: is no job file, which has the sections prompts, output and model; `flux-batch init` writes one"
+            f"{origin}: is not a job file with the sections prompts, output and model; `flux-batch init` writes one"
         )
     for override in overrides:
         _apply_override(tree, override)

@@ -195,7 +195,7 @@ def test_the_job_file_lies_on_a_web_server(tmp_path: Path) -> None:
     with web_server() as server:
         address = server.at("/jobs/cats.yaml?version=3", config.to_yaml().encode())
         assert load_job(address) == config
-        with pytest.raises(JobError, match="is no job file, which has the sections prompts, output and model"):
+        with pytest.raises(JobError, match="is not a job file with the sections prompts, output and model"):
             load_job(server.at("/list.yaml", b"- 1"))
         with pytest.raises(JobError, match="not in UTF-8"):
             load_job(server.at("/latin.yaml", b"name: \xff"))
