@@ -1,5 +1,6 @@
-"""Tests on a CUDA device. What torch warns of there is shown and is no error, as in the rest of the suite: no machine
-without a device could tell of it before, e.g. of TF32 when float32 is compiled, or of the watch for waits.
+"""Tests on a CUDA device, where warnings are shown but are not errors.
+
+Only a device shows some of torch's warnings, e.g. of TF32 when float32 is compiled, so no test could allow them before.
 """
 
 from __future__ import annotations
@@ -8,5 +9,5 @@ import pytest
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Let a test go on after a warning."""
+    """Mark a test so that warnings do not fail it."""
     item.add_marker(pytest.mark.filterwarnings("default"))
