@@ -43,7 +43,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Folders with tests of whole runs, processes, servers and models. Slow tests in other folders have their own mark.
 SLOW_FOLDERS = frozenset(
-    {"bench", "chaos", "cluster", "dataset", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline"}
+    {"bench", "chaos", "cluster", "dataset", "demo", "download", "end_to_end", "gpu", "jobs", "pipeline", "report"}
 )
 SLOW_MARKS = ("ray", "s3", "browser", "compiled", "gpu", "long")
 # The longest files, in the order in which they begin: on two cores, two that compute run beside one that waits for Ray,
