@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_annotate(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `annotate` to its parser; imports nothing heavy."""
-    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run: output.uri of its job file")
     command.add_argument(
         "--with",
         dest="annotators",

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def add_select(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `select`."""
-    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run: output.uri of its job file")
     command.add_argument("name", metavar="NAME", help="the name of the selection")
     command.add_argument("--where", metavar="EXPRESSION", help="keep images if true, e.g. clip > 0.27 (DuckDB's SQL)")
     command.add_argument("--keys", metavar="FILE", help="keep these keys: one a line, CSV, JSON or Parquet")
@@ -36,7 +36,7 @@ def add_select(command: argparse.ArgumentParser) -> None:
 
 def add_export(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run: output.uri of its job file")
     command.add_argument("dest", metavar="DEST", help="a folder or an address, used only for this export")
     _add_images(command, ["webdataset", "files", "parquet", "lance"])
     command.add_argument(
@@ -46,7 +46,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
 
 def add_publish(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `publish`."""
-    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run, as output.uri in its job file")
+    command.add_argument("output", metavar="OUTPUT_URI", help="the output of a run: output.uri of its job file")
     command.add_argument("dest", metavar="hf://datasets/OWNER/NAME", help="a data set of the Hub, new or existing")
     _add_images(command, ["parquet", "webdataset"])
     command.add_argument("--private", action="store_true", help="if the data set is new, make it private")
