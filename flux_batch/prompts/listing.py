@@ -126,7 +126,7 @@ class _Expanded:
 def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: Collection[str]) -> _Expanded:
     """Return the prompt files of a file, folder, glob or Hugging Face data set."""
     if dataset := HubDataset.of(uri):
-        return _expand_dataset(uri, dataset, storage_options)
+        return _expand_dataset(uri, dataset, storage_options, rules)
     fs, path = open_filesystem(uri, storage_options)
     reason_for: Callable[[str], str] = partial(_reason, formats=formats) if rules > 1 else _reason_by_rules_1
     with translated(uri, "list prompts"):
@@ -147,7 +147,7 @@ def _expand(uri: str, storage_options: Mapping[str, Any], rules: int, formats: C
     raise SourceError(f"{uri}: no such prompts file or folder")
 
 
-def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str, Any]) -> _Expanded:
+def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str, Any], rules: int) -> _Expanded:
     """Return the prompt files of one split of a data set."""
     fs, folder = open_filesystem(dataset.root, storage_options)
     with translated(uri, "list prompts"):
@@ -159,7 +159,7 @@ def _expand_dataset(uri: str, dataset: HubDataset, storage_options: Mapping[str,
                 f"{uri}: there is no such data set or revision, or it is private and the token (HF_TOKEN, or "
                 "prompts.storage_options.token) has no access"
             ) from error
-    found = _sifted(fs, folder, paths, _reason)
+    found = _sifted(fs, folder, paths, _reason, rules)
     names = {path[len(folder) :].lstrip("/"): path for path in found.paths}
     chosen = [names[name] for name in sorted(dataset.choose(list(names), card))]
     others = dict.fromkeys(sorted(set(found.paths) - set(chosen)), "of another split or configuration")
@@ -187,7 +187,7 @@ def _sifted(
     folder: str,
     paths: Sequence[str],
     reason_for: Callable[[str], str],
-    rules: int = LISTING_RULES,
+    rules: int,
 ) -> _Expanded:
     names = {path: path[len(folder) :].lstrip("/") for path in paths}
     outputs = _of_runs(names.values()) if rules >= _OUTPUT_RULES else ()
