@@ -99,8 +99,8 @@ class PromptsConfig(Section):
     """Draw choices such as `{red|blue}` in prompts. A folder of text files adds wildcards: `__animal__` is replaced by
     a line of `animal.txt`."""
     design: Literal["random", "grid", "balanced"] = "random"
-    """How `rows` are drawn: `random` draws each row by itself, `grid` makes all combinations in turn, `balanced` draws
-    values as close to the shares of their weights as possible."""
+    """The way to draw `rows`: `random` draws each row by itself, `grid` makes all combinations in turn, `balanced`
+    draws values as close to the shares of their weights as possible."""
     limit: int | None = Field(default=None, ge=1)
     """Use only this many rows, from the start; all if null."""
     allow_http: bool = False
@@ -382,8 +382,8 @@ class JobConfig(Section):
     """A whole job file."""
 
     name: str = Field(default="flux-batch", pattern=_NAME)
-    """Name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`, the first a letter
-    or digit."""
+    """The name of the run in logs, metrics and the data set card: up to 100 letters, digits and `._-`, the first a
+    letter or digit."""
     prompts: PromptsConfig
     output: OutputConfig
     model: ModelConfig

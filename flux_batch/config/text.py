@@ -198,7 +198,7 @@ def parse_moment(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise JobError(f"--logical-date {text!r}: must be a date or a time in ISO 8601, e.g. 2026-11-23") from None
+        raise JobError(f"--logical-date {text!r}: must be a date, with a time or without, e.g. 2026-11-23") from None
 
 
 def fill_in_dates(tree: dict[str, Any], moment: datetime | None, origin: str) -> dict[str, Any]:

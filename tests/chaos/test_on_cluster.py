@@ -158,7 +158,7 @@ def run_with_kills(size: Size, config: JobConfig, cluster: Raylets, folder: Path
     plan = plan_kills(size)
 
     def wait_for_next() -> None:
-        """Let the run go on until a batch after the next kill, and to its end after the last kill."""
+        """Run until a batch after the next kill, or to the end after the last kill."""
         if plan:
             hold(model, min(plan[0][0] + BATCH, size.num_images - 1))
         else:

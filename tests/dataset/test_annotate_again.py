@@ -134,7 +134,7 @@ def test_staged_rows_without_values_are_tried_again_with_the_others(
 
 
 def _made_by_mortals(config: JobConfig) -> tuple[int, Any]:
-    """Let workers make the first shard until one survives. Returns: the deaths, and the survivor's shard."""
+    """Run workers on the first shard until one survives. Returns: the deaths, and the survivor's shard."""
     for lives in range(9):
         life = Life()
         with pytest.MonkeyPatch.context() as patch, suppress(Death):
