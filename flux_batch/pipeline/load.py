@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import glob
 import logging
 import os
 import sys
@@ -96,7 +97,7 @@ def load_pipeline(model: ModelConfig, num_gpus: float | None = None) -> FluxImag
 
 
 def _go_on_without_gpu(model: ModelConfig) -> None:
-    """Log that a model runs on the CPU. Raises: DeviceFatal for a GPU that does not work; as check_weights."""
+    """Log that a model runs on the CPU. Raises: DeviceFatal for a GPU that does not start; as check_weights."""
     import torch
 
     try:
@@ -104,9 +105,10 @@ def _go_on_without_gpu(model: ModelConfig) -> None:
         reason = "no CUDA device"
     except Exception as error:  # of several classes: of the driver, of torch, or of a torch for CPUs
         reason = one_line(error)
-    # Ray names the GPU of a worker so. A driver that does not start is one node's fault, a torch for CPUs that of all.
+    # Ray assigns a GPU by CUDA_VISIBLE_DEVICES, also where the GPUs of a node are only declared: then there is no device
+    # file, and a small model runs on the CPU. With a device file the node is at fault, and other workers go on.
     assigned = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.version.cuda and assigned not in ("", "-1"):
+    if torch.version.cuda and assigned not in ("", "-1") and glob.glob("/dev/nvidia[0-9]*"):
         raise DeviceFatal(f"torch cannot use the GPU of this process, CUDA_VISIBLE_DEVICES={assigned}: {reason}")
     no_gpu = f"torch finds no GPU on this node ({reason})"
     check_weights(model, no_gpu)

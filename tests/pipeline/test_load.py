@@ -93,17 +93,24 @@ def test_a_worker_that_should_have_a_gpu_says_that_it_has_none(
 
 
 @pytest.mark.parametrize(
-    ("assigned", "cuda", "is_lost"),
-    [("3", "13.0", True), ("3", None, False), ("", "13.0", False), ("-1", "13.0", False)],
+    ("assigned", "cuda", "devices", "is_lost"),
+    [
+        ("3", "13.0", ["/dev/nvidia3"], True),
+        ("3", "13.0", [], False),  # a GPU that `ray start --num-gpus` only declares
+        ("3", None, ["/dev/nvidia3"], False),
+        ("", "13.0", ["/dev/nvidia3"], False),
+        ("-1", "13.0", ["/dev/nvidia3"], False),
+    ],
 )
 def test_a_gpu_that_was_assigned_and_does_not_start_is_lost_and_not_the_jobs_fault(
-    monkeypatch: pytest.MonkeyPatch, assigned: str, cuda: str | None, is_lost: bool
+    monkeypatch: pytest.MonkeyPatch, assigned: str, cuda: str | None, devices: list[str], is_lost: bool
 ) -> None:
     def fail() -> None:
         raise RuntimeError("Unexpected error from cudaGetDeviceCount().\nError 802: system not yet initialized")
 
     monkeypatch.setattr(precision, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(load.glob, "glob", lambda pattern: devices)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(load, "MAX_BYTES_ON_CPU", 1000)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", assigned)
