@@ -105,7 +105,7 @@ def _go_on_without_gpu(model: ModelConfig) -> None:
         reason = "no CUDA device"
     except Exception as error:  # of several classes: of the driver, of torch, or of a torch for CPUs
         reason = one_line(error)
-    # Ray assigns a GPU by CUDA_VISIBLE_DEVICES, also where the GPUs of a node are only declared: then there is no device
+    # Ray assigns a GPU by CUDA_VISIBLE_DEVICES, even if the GPUs of a node are only declared: then there is no device
     # file, and a small model runs on the CPU. With a device file the node is at fault, and other workers go on.
     assigned = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if torch.version.cuda and assigned not in ("", "-1") and glob.glob("/dev/nvidia[0-9]*"):
